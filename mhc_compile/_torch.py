@@ -1,0 +1,166 @@
+"""Every private torch name that the project uses, in one place, with the versions it was seen in.
+
+Checked on torch 2.13; the names and formats are the same in the sources of 2.11 and 2.12 unless
+a comment says otherwise.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import default_partition
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.fx.node import has_side_effect
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = [
+    "CustomGraphPass",
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "WeakTensorKeyDictionary",
+    "break_reason",
+    "calling_module",
+    "compile_dynamo",
+    "compile_inductor",
+    "dynamo_settings",
+    "inductor_options",
+    "is_forced_eager",
+    "is_inductor_option",
+    "partition_eagerly",
+    "register_effectful",
+    "reset_dynamo_error_cause",
+    "unsupported_error",
+]
+
+RECOMPILE_LIMIT = 256
+"""Graphs of one root; train/eval, grad modes, autocast and shapes need about 25 (Dynamo: 8)."""
+
+
+def register_effectful(operator: torch._ops.OpOverload) -> None:
+    """Keep calls of an operator without result in every graph, and in order."""
+    _register_effectful_op(operator, _EffectType.ORDERED)
+    has_side_effect(operator)
+
+
+def compile_dynamo(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` with a cache of its own, so that instances do not share a limit.
+
+    ``recompile_limit`` and ``isolate_recompiles`` are public arguments of torch.compile in 2.13;
+    where they do not exist yet, ``dynamo_settings`` raises the global limit around the call.
+    """
+    known = inspect.signature(torch.compile).parameters
+    wanted = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
+    return torch.compile(  # type: ignore[call-overload, no-any-return]
+        function, backend=backend, **{k: v for k, v in wanted.items() if k in known}
+    )
+
+
+@contextmanager
+def dynamo_settings() -> Iterator[None]:
+    """Dynamo's configuration around one of our calls.
+
+    ``optimize_ddp`` would cut the graph at DistributedDataParallel's buckets, in the middle of
+    the streams, before a backend sees it.
+    """
+    limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": 4 * RECOMPILE_LIMIT}
+    with torch._dynamo.config.patch(optimize_ddp=False, **limits):
+        yield
+
+
+def unsupported_error() -> type[Exception]:
+    """What Dynamo raises for a graph break under ``fullgraph=True``."""
+    return torch._dynamo.exc.Unsupported
+
+
+def reset_dynamo_error_cause(error: BaseException) -> str:
+    """The readable part of a Dynamo error: the first paragraph of its message."""
+    return str(error).strip().split("\n\n")[0]
+
+
+def is_forced_eager() -> bool:
+    """Whether ``torch.compiler.set_stance("force_eager")`` is in force."""
+    return torch._dynamo.eval_frame._stance.stance == "force_eager"
+
+
+def break_reason(gm: fx.GraphModule) -> str | None:
+    """Where and why Dynamo ended a captured graph early; None for a graph that is whole."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    where = f"{frame.filename}:{frame.lineno}" if frame is not None else "an unknown place"
+    return f"{where} ({str(reason.reason).splitlines()[0]})"
+
+
+def calling_module() -> tuple[torch.nn.Module | None, bool]:
+    """The outermost module on the Python stack: the one whose call is being compiled.
+
+    Both ``torch.compile(module)`` and ``module.compile()`` go through ``_call_impl``.
+    """
+    outermost: torch.nn.Module | None = None
+    frame: types.FrameType | None = inspect.currentframe()
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        name = frame.f_code.co_name
+        if name in ("_call_impl", "_wrapped_call_impl") and isinstance(module, torch.nn.Module):
+            if not isinstance(module, torch._dynamo.OptimizedModule):
+                outermost = module
+        frame = frame.f_back
+    return outermost, outermost is not None
+
+
+def user_frame(error: BaseException) -> str:
+    """``file:line`` of the last frame of a traceback outside torch and this package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = (torch.__path__[0], __file__.rsplit("/", 1)[0])
+    for frame in reversed(frames):
+        if not frame.filename.startswith((*inside, "<")):
+            return f"{frame.filename}:{frame.lineno}"
+    return ""
+
+
+def is_inductor_option(name: str) -> bool:
+    """Whether a name is one of Inductor's configuration entries."""
+    import torch._inductor.config as config
+
+    return name.replace("-", "_") in config._config
+
+
+def inductor_options(mode: str | None) -> dict[str, Any]:
+    """Inductor's options for a ``torch.compile`` mode."""
+    return {} if mode in (None, "default") else dict(list_mode_options(mode))
+
+
+def compile_inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile a torch-level graph with AOTAutograd and Inductor."""
+    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+
+
+def partition_eagerly(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Run a graph eagerly behind AOTAutograd's partitioner, which obeys recompute tags."""
+    run = aot_autograd(
+        fw_compiler=lambda graph, inputs: graph, partition_fn=default_partition
+    )
+    return run(gm, list(example_inputs))  # type: ignore[no-any-return]

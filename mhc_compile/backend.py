@@ -1,0 +1,302 @@
+"""The backends: what becomes of a captured graph.
+
+``mhc`` is the public one (``torch.compile(model, backend="mhc")``, through the entry point):
+all passes, then Inductor. ``eager`` runs the same graph operation by operation; a transformed
+model that is called plainly uses it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from . import _torch, history
+from .capture import copy_graph
+from .config import Config
+from .declare import Spec, collect, declaration_nodes
+from .passes.canonicalize import canonicalize
+from .passes.context import Context
+from .passes.errors import GraphBreakError, MhcError, NoSitesError
+from .passes.pipeline import PIPELINE
+from .passes.runner import Pass, run_pipeline
+from .passes.sites import stack_of
+from .transform import attach, context_of, options_of
+
+__all__ = ["eager", "mhc"]
+
+Runner = Callable[..., Any]
+
+
+def mhc(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Runner:
+    """The backend of ``torch.compile(model, backend="mhc")``.
+
+    Args:
+        gm: the graph that Dynamo captured.
+        example_inputs: its inputs.
+        options: fields of ``Config`` (for a model that was not transformed), and any of
+            Inductor's own options.
+        mode: a ``torch.compile`` mode, for Inductor.
+
+    Raises:
+        ValueError: an option that neither ``Config`` nor Inductor knows.
+        MhcError: see ``transform``.
+    """
+    config, patches = _split_options(options or {}, mode)
+    patches["post_grad_custom_pre_pass"] = SourceKey()
+
+    def lower(graph: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
+        return _torch.compile_inductor(graph, inputs, patches)
+
+    return _compile(gm, list(example_inputs), config, lower)
+
+
+def eager(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Runner:
+    """Run the rewritten graph as it is, every operation on its own."""
+    return _compile(gm, list(example_inputs), None, _run_eagerly)
+
+
+def _compile(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    config: Config | None,
+    lower: Callable[[fx.GraphModule, Sequence[Any]], Runner],
+) -> Runner:
+    captured, work = copy_graph(gm), copy_graph(gm)
+    declared = _declared_config(work)
+    if declared is None:
+        module, _ = _torch.calling_module()
+        if config is not None and not _is_transformed(module):
+            return _first_call_of_plain(gm, example_inputs, config, lower, module)
+        return lower(work, example_inputs)  # a part of the model without a site
+    _check_options(config, declared)
+    context = Context(
+        options_of(declared),
+        trainable=_trainable(work, example_inputs),
+        broken_at=_torch.break_reason(gm),
+        autocast=_autocast_devices(example_inputs),
+    )
+    work, entries = run_pipeline(
+        work, context, _with_collection(PIPELINE), disabled=declared.disabled
+    )
+    _erase_declarations(work)
+    runner = lower(work, example_inputs)
+    history.record(captured, work, entries, context, example_inputs)
+    return runner
+
+
+def _with_collection(passes: Sequence[Pass]) -> list[Pass]:
+    """Declarations are read as soon as the bodies that may hold some are inlined."""
+
+    def run(gm: fx.GraphModule, context: Context) -> Any:
+        result = canonicalize(gm, context)
+        collect(result.gm.graph, context)
+        return result
+
+    return [Pass(p.name, run, p.ensures) if p.name == "canonicalize" else p for p in passes]
+
+
+def _run_eagerly(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Runner:
+    checkpointed = any("ac_graph_id" in n.meta for n in gm.graph.nodes)
+    if checkpointed and torch.is_grad_enabled():
+        return _torch.partition_eagerly(gm, example_inputs)
+    return gm.forward
+
+
+def _declared_config(gm: fx.GraphModule) -> Config | None:
+    """The configuration that the modules in a graph declare, None if there are none."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in declaration_nodes(module.graph):
+                return Spec.from_json(str(node.args[1])).config
+    return None
+
+
+def _erase_declarations(gm: fx.GraphModule) -> None:
+    """Only where a disabled pass left them: running one raises."""
+    for node in list(declaration_nodes(gm.graph)):
+        gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _trainable(gm: fx.GraphModule, inputs: Sequence[Any]) -> frozenset[str]:
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    return frozenset(
+        p.name for p, v in zip(placeholders, inputs, strict=True) if isinstance(v, nn.Parameter)
+    )
+
+
+def _autocast_devices(inputs: Sequence[Any]) -> frozenset[str]:
+    devices = {v.device.type for v in inputs if isinstance(v, torch.Tensor)}
+    return frozenset(d for d in devices if d != "meta" and torch.is_autocast_enabled(d))
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+def _split_options(
+    options: Mapping[str, Any], mode: str | None
+) -> tuple[Config, dict[str, Any]]:
+    own = {k: v for k, v in options.items() if k in Config.__dataclass_fields__}
+    patches = _torch.inductor_options(mode)
+    for name, value in options.items():
+        if name in own:
+            continue
+        if not _torch.is_inductor_option(name):
+            raise ValueError(
+                f"backend 'mhc': unknown option {name!r}; options are the fields of "
+                f"mhc_compile.Config ({', '.join(Config.__dataclass_fields__)}) and Inductor's"
+            )
+        patches[name.replace("-", "_")] = value
+    return _config_of(tuple(sorted(own.items()))), patches
+
+
+@functools.lru_cache(maxsize=64)
+def _config_of(own: tuple[tuple[str, Any], ...]) -> Config:
+    config = Config(**dict(own))
+    object.__setattr__(config, "_given", frozenset(k for k, _ in own))
+    return config
+
+
+def _check_options(config: Config | None, declared: Config) -> None:
+    """Options given for a transformed model must not contradict what it was transformed with."""
+    for name in getattr(config, "_given", ()):
+        if getattr(config, name) != getattr(declared, name):
+            raise ValueError(
+                f"backend 'mhc': options[{name!r}] = {getattr(config, name)!r}, but the model was "
+                f"transformed with {getattr(declared, name)!r}; leave the option out, or call "
+                "mhc_compile.revert and transform the model again"
+            )
+
+
+# --- plain models -------------------------------------------------------------------------------
+
+
+def _is_transformed(module: nn.Module | None) -> bool:
+    from .swap import is_swapped
+
+    return module is not None and any(is_swapped(m) for m in module.modules())
+
+
+def _first_call_of_plain(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    config: Config,
+    lower: Callable[[fx.GraphModule, Sequence[Any]], Runner],
+    module: nn.Module | None,
+) -> Runner:
+    """Transform a model that meets the backend untransformed.
+
+    The graph at hand has no inputs for the new parameters, so this first call runs eagerly with
+    the parameters handed over; it leaves the model transformed, Dynamo notices the new classes,
+    and the second call is captured and compiled like that of any transformed model.
+    """
+    if config.n == 1:
+        return lower(copy_graph(gm), example_inputs)
+    if module is None:
+        raise MhcError(
+            "backend 'mhc' cannot find the module that a compiled plain function calls, so it has "
+            "nowhere to put the mHC parameters. Call mhc_compile.transform(model) before "
+            "torch.compile, or compile the module itself."
+        )
+    _check_whole(gm, module)
+    work, captured = copy_graph(gm), copy_graph(gm)
+    context = context_of(work, example_inputs, module, config)
+    context.autocast = _autocast_devices(example_inputs)
+    work, _ = run_pipeline(work, context, PIPELINE[:2], disabled=config.disabled)
+    detection = context.detection
+    if detection is None or not detection.sites:
+        raise NoSitesError(
+            f"{type(module).__name__} has no chain of at least two residual adds x + F(x); "
+            "mhc_compile.explain(model, *inputs) lists every add with its reason"
+        )
+    made: list[list[nn.Parameter]] = []
+    pending: list[Any] = []
+
+    def first_call(*inputs: Any) -> Any:
+        if not pending:
+            parameters = attach(module, work, detection, config)
+            extra = _add_inputs(work, detection, parameters)
+            rewritten, entries = run_pipeline(work, context, PIPELINE[2:])
+            history.record(captured, rewritten, entries, context, [*example_inputs, *extra])
+            made.append(extra)
+            pending.append(_run_eagerly(rewritten, [*example_inputs, *extra]))
+        return pending[0](*inputs, *made[0])
+
+    return first_call
+
+
+def _add_inputs(gm: fx.GraphModule, detection: Any, parameters: Mapping[Any, Any]) -> list[Any]:
+    """Give a graph one more input for each new parameter."""
+    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
+    values: list[Any] = []
+    known: dict[int, fx.Node] = {}
+    mode = _fake_mode_of(gm)
+    for site in detection.sites:
+        for number, value in enumerate(parameters[site]):
+            if id(value) not in known:
+                with gm.graph.inserting_after(last):
+                    last = gm.graph.placeholder(f"mhc_{len(values)}_{number}")
+                last.meta["example_value"] = mode.from_tensor(value)
+                known[id(value)] = last
+                values.append(value)
+            site.parameters.append(known[id(value)])
+    return values
+
+
+def _fake_mode_of(gm: fx.GraphModule) -> Any:
+    values = (n.meta.get("example_value") for n in gm.graph.nodes)
+    return next(v.fake_mode for v in values if isinstance(v, _torch.FakeTensor))
+
+
+def _check_whole(gm: fx.GraphModule, module: nn.Module) -> None:
+    """A plain model is transformed at once or not at all: its graph must be one."""
+    broken = _torch.break_reason(gm)
+    names = {str(id(m)): name for name, m in module.named_modules(remove_duplicate=False)}
+    for node in gm.graph.nodes:
+        stack = stack_of(node)
+        if stack and stack[0][0].split("@")[0] in names:
+            name = names[stack[0][0].split("@")[0]]
+            if not stack[0][1].endswith(name.rsplit(".", 1)[-1]) or (
+                name.count(".") > stack[0][1].count(".")
+            ):
+                broken = broken or f"a call above module '{name}'"
+    if broken:
+        raise GraphBreakError(
+            f"Dynamo breaks the graph of {type(module).__name__} at {broken}; a model that was not "
+            "transformed must be captured whole. Call mhc_compile.transform(model) first (breaks "
+            "outside the residual streams are then allowed), or remove the break "
+            "(torch.compile(..., fullgraph=True) shows it)."
+        )
+
+
+# --- caches -------------------------------------------------------------------------------------
+
+
+class SourceKey(_torch.CustomGraphPass):  # type: ignore[misc]
+    """Puts the sources of this package into the key of Inductor's caches; changes nothing."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        return None
+
+    def uuid(self) -> str:
+        return _source_hash()
+
+
+@functools.cache
+def _source_hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,295 @@
+"""Capture: the graphs that Dynamo sees when a model is called, without computing anything.
+
+The model runs under fake tensors: real parameters stay where they are, inputs are shapes, and the
+"compiled" graph returns the fake outputs that the trace already holds. A model of any size, on
+any device (``meta`` included), costs one trace.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from . import _torch
+from .passes.errors import CaptureError, ExampleInputsError, GraphBreakError, MhcError
+
+__all__ = ["CapturedGraph", "as_call", "capture", "merge"]
+
+GRAPH_NUMBER = "mhc_graph"
+"""``meta`` key: from which of several captured graphs a node of a merged graph comes."""
+
+
+@dataclass
+class CapturedGraph:
+    """One graph as Dynamo gave it.
+
+    Attributes:
+        gm: a copy that may be changed.
+        inputs: the values of its placeholders: real parameters, fake activations.
+        outputs: what it returned.
+        broken_at: where and why the capture ended early, ``None`` if it did not.
+    """
+
+    gm: fx.GraphModule
+    inputs: list[Any]
+    outputs: list[Any]
+    broken_at: str | None
+
+
+def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``example_inputs`` as positional and keyword arguments.
+
+    Args:
+        example_inputs: a tuple (positional), a mapping (keyword) or a pair of both.
+
+    Raises:
+        ExampleInputsError: it is something else.
+    """
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        pair = len(example_inputs) == 2 and isinstance(example_inputs[1], dict)
+        if pair and isinstance(example_inputs[0], (tuple, list)):
+            return tuple(example_inputs[0]), dict(example_inputs[1])
+        return tuple(example_inputs), {}
+    raise ExampleInputsError(
+        "example_inputs must be a tuple of positional arguments, a dict of keyword arguments or "
+        f"a pair (tuple, dict); got {type(example_inputs).__name__}. For one tensor x write (x,)."
+    )
+
+
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[CapturedGraph]:
+    """Trace one call of a model.
+
+    Returns:
+        The captured graphs in the order of execution; one unless there are graph breaks.
+
+    Raises:
+        ExampleInputsError: the arguments do not fit the model's forward, or it fails on them.
+        GraphBreakError: the forward decides by the values of tensors or of Python's random.
+        CaptureError: nothing was captured.
+    """
+    _check_arguments(model, args, kwargs)
+    graphs: list[CapturedGraph] = []
+
+    def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        output = next(n for n in gm.graph.nodes if n.op == "output")
+        outputs = list(fx.map_arg(output.args[0], lambda n: n.meta["example_value"]))
+        inputs, copied = list(example_inputs), copy_graph(gm)
+        graphs.append(CapturedGraph(copied, inputs, outputs, _torch.break_reason(gm)))
+        return lambda *_: outputs
+
+    mode = _fake_mode(args, kwargs)
+    run = _torch.compile_dynamo(model, record)
+    with _unchanged(model), _torch.dynamo_settings(), torch.enable_grad(), mode:
+        args, kwargs = pytree.tree_map_only(Tensor, _fake(mode, model), (args, dict(kwargs)))
+        try:
+            run(*args, **kwargs)
+        except MhcError:
+            raise
+        except (_torch.DataDependentOutputException, _torch.DynamicOutputShapeException) as error:
+            raise GraphBreakError(_data_dependent(model, error, graphs)) from error
+        except Exception as error:
+            raise ExampleInputsError(
+                f"The forward of {type(model).__name__} failed on the example inputs"
+                f"{_at(error)}: {_torch.reset_dynamo_error_cause(error)}"
+            ) from error
+    if not graphs:
+        raise CaptureError(
+            f"Dynamo captured nothing of {type(model).__name__}: its forward runs no tensor "
+            "operations, or Dynamo is disabled (torch.compiler.disable, TORCHDYNAMO_DISABLE=1, "
+            "torch.compiler.set_stance)."
+        )
+    return graphs
+
+
+def first_break(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Where and why Dynamo cannot trace a call as one graph, in words ("" if it can)."""
+    mode = _fake_mode(args, kwargs)
+    whole = torch.compile(model, backend=lambda gm, _: gm.forward, fullgraph=True)
+    with _unchanged(model), _torch.dynamo_settings(), torch.enable_grad(), mode:
+        args, kwargs = pytree.tree_map_only(Tensor, _fake(mode, model), (args, dict(kwargs)))
+        try:
+            whole(*args, **kwargs)
+        except Exception as error:
+            frames = [line.strip() for line in str(error).splitlines() if 'File "' in line]
+            where = frames[-1].split('File "')[1].replace('", line ', ":").split(",")[0]
+            return f"{where if frames else '?'} ({_torch.reset_dynamo_error_cause(error)})"
+    return ""
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that may be edited: Dynamo's own placeholders must stay as they are."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, copied)
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    graph.output(result).meta = dict(output.meta)
+    new = fx.GraphModule(gm, graph)
+    new.meta = dict(gm.meta)
+    return new
+
+
+def merge(graphs: list[CapturedGraph]) -> tuple[fx.GraphModule, list[Any]]:
+    """All captured graphs of one call as one, joined where a tensor leaves one for another.
+
+    Detection on it sees the chains that a graph break would cut.
+
+    Returns:
+        The graph and the values of its placeholders.
+    """
+    if len(graphs) == 1:
+        return graphs[0].gm, graphs[0].inputs
+    graph, root = fx.Graph(), nn.Module()
+    known: dict[int, fx.Node] = {}
+    inputs: list[Any] = []
+    last: fx.Node | None = None
+    results: list[Any] = []
+    for number, part in enumerate(graphs):
+        copied: dict[fx.Node, Any] = {}
+        values = iter(part.inputs)
+        for node in part.gm.graph.nodes:
+            if node.op == "output":
+                results = fx.map_arg(node.args[0], lambda n, c=copied: c[n])  # type: ignore[misc]
+                continue
+            value = next(values) if node.op == "placeholder" else None
+            if node.op == "placeholder" and id(value) in known:
+                copied[node] = known[id(value)]
+                continue
+            with graph.inserting_after(last) if node.op == "placeholder" else _here():
+                new = graph.node_copy(node, lambda n, c=copied: c[n])  # type: ignore[misc]
+            new.meta[GRAPH_NUMBER] = number
+            copied[node] = new
+            if node.op == "placeholder":
+                last = new
+                inputs.append(value)
+                if isinstance(value, Tensor):
+                    known[id(value)] = new
+            elif node.op == "get_attr":
+                new.target = f"graph{number}_{node.target}".replace(".", "_")
+                setattr(root, new.target, _attribute(part.gm, str(node.target)))
+        for result, value in zip(results, part.outputs, strict=True):
+            if isinstance(value, Tensor) and isinstance(result, fx.Node):
+                known[id(value)] = result
+    graph.output(tuple(results))
+    return fx.GraphModule(root, graph), inputs
+
+
+@contextmanager
+def _here() -> Iterator[None]:
+    yield
+
+
+def _attribute(gm: fx.GraphModule, path: str) -> Any:
+    value: Any = gm
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+# --- arguments ---------------------------------------------------------------------------------
+
+
+def _check_arguments(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        signature = inspect.signature(model.forward)
+        raise ExampleInputsError(
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from None
+    except ValueError:  # no signature to check against
+        return
+
+
+def _fake_mode(args: Any, kwargs: Any) -> Any:
+    """The mode that fake inputs already have, or a new one."""
+    for leaf in pytree.tree_leaves((args, dict(kwargs))):
+        if isinstance(leaf, _torch.FakeTensor):
+            return leaf.fake_mode
+    return _torch.FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _fake(mode: Any, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Turn example inputs into fake tensors on the model's device."""
+    first = next((t for t in (*model.parameters(), *model.buffers())), None)
+    device = torch.device("cpu") if first is None else first.device
+
+    def convert(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, _torch.FakeTensor):
+            return tensor
+        if tensor.is_meta != (device.type == "meta"):
+            with mode:
+                return torch.empty_strided(
+                    tensor.shape,
+                    tensor.stride(),
+                    dtype=tensor.dtype,
+                    device=device,
+                    requires_grad=tensor.requires_grad,
+                )
+        return mode.from_tensor(tensor)  # type: ignore[no-any-return]
+
+    return convert
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward under fake tensors leaves on the modules: caches with no data."""
+    before = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
+    rng = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(rng)
+        for module, attributes, buffers in before:
+            for name, value in list(module.__dict__.items()):
+                if _holds_fake(value) and attributes.get(name) is not value:
+                    _put_back(module.__dict__, attributes, name)
+            for name, value in list(module._buffers.items()):
+                if isinstance(value, _torch.FakeTensor):
+                    _put_back(module._buffers, buffers, name)
+
+
+def _put_back(now: dict[str, Any], before: Mapping[str, Any], name: str) -> None:
+    if name in before:
+        now[name] = before[name]
+    else:
+        del now[name]
+
+
+def _holds_fake(value: Any) -> bool:
+    if isinstance(value, (Tensor, list, tuple, dict)):
+        return any(isinstance(leaf, _torch.FakeTensor) for leaf in pytree.tree_leaves(value))
+    return False
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+
+def _at(error: BaseException) -> str:
+    frame = _torch.user_frame(error)
+    return f" at {frame}" if frame else ""
+
+
+def _data_dependent(
+    model: nn.Module, error: BaseException, graphs: list[CapturedGraph]
+) -> str:
+    broken = next((g.broken_at for g in graphs if g.broken_at), None)
+    where = _torch.user_frame(error) or broken or "an unknown place"
+    return (
+        f"The forward of {type(model).__name__} depends on the value of a tensor at {where}, so "
+        "no graph holds its residual stream whole. Randomly dropped layers are such: write them "
+        "with tensors instead (x + mask * F(x) with mask = (torch.rand([]) >= p).to(x.dtype)), "
+        "or turn them off (layerdrop=0); replace 'if tensor:' by torch.where or torch.cond."
+    )

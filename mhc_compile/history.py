@@ -1,0 +1,85 @@
+"""The rewritten graphs of a model, for those who want to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from . import _torch
+from .connection import StreamParameters
+from .passes.context import Context
+from .passes.errors import NotCapturedError, NotTransformedError
+from .passes.runner import HistoryEntry
+from .passes.sites import Site
+
+__all__ = ["RewrittenGraph", "graphs", "record"]
+
+
+@dataclass(frozen=True)
+class RewrittenGraph:
+    """One captured graph of a transformed model.
+
+    Attributes:
+        before: the graph as Dynamo captured it (``.code`` is Python).
+        after: the graph that runs.
+        history: one entry for each pass: ``.name``, ``.milliseconds``, ``.notes``, ``.code``.
+        sites: the sites that were rewritten in this graph.
+    """
+
+    before: fx.GraphModule
+    after: fx.GraphModule
+    history: Sequence[HistoryEntry] = field(repr=False)
+    sites: Sequence[Site] = field(repr=False)
+
+
+# Keyed by the parameters that a graph takes as inputs: it lives as long as they do.
+_graphs: Any = _torch.WeakTensorKeyDictionary()
+
+
+def record(
+    before: fx.GraphModule,
+    after: fx.GraphModule,
+    history: Sequence[HistoryEntry],
+    context: Context,
+    inputs: Sequence[Any],
+) -> None:
+    """Remember a graph under the mHC parameters among its inputs."""
+    assert context.detection is not None or context.declarations is not None
+    sites = context.detection.sites if context.detection is not None else []
+    graph = RewrittenGraph(before, after, tuple(history), tuple(sites))
+    names = [n.name for n in after.graph.nodes if n.op == "placeholder"]
+    values = dict(zip(names, inputs, strict=True))
+    for site in sites:
+        for parameter in site.parameters:
+            value = values[parameter.name]
+            if isinstance(value, Tensor):
+                _graphs.setdefault(value, []).append(graph)
+
+
+def graphs(model: nn.Module) -> list[RewrittenGraph]:
+    """The rewritten graphs of a transformed model, in the order of their capture.
+
+    There is one for each mode and shape that the model was called in.
+
+    Raises:
+        NotTransformedError: the model has no mHC parameters.
+        NotCapturedError: it was not called yet.
+    """
+    modules = [m for m in model.modules() if isinstance(m, StreamParameters)]
+    if not modules:
+        raise NotTransformedError(
+            f"{type(model).__name__} is not transformed; call mhc_compile.transform(model) first"
+        )
+    found: dict[int, RewrittenGraph] = {}
+    for module in modules:
+        for graph in _graphs.get(module.phi, []):
+            found.setdefault(id(graph), graph)
+    if not found:
+        raise NotCapturedError(
+            f"{type(model).__name__} has not been called since it was transformed; graphs are "
+            "captured at the first call"
+        )
+    return list(found.values())

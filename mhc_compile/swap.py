@@ -1,0 +1,235 @@
+"""The class of a transformed module: the module's own class, plus what declares its sites.
+
+A module that owns sites, or contains one that does, gets a subclass of its class, as PyTorch's
+own ``parametrize`` and ``fully_shard`` do. The subclass keeps name, module, signature and pickle;
+its ``forward`` does one of three things:
+
+    while Dynamo traces       mention the sites (``mhc::declare``), run the original forward
+    outermost, called plainly compile the call with the eager backend of this library and run it
+    anything else             raise: the original forward would run plain residuals
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from . import _torch, adapters
+from .declare import declare
+from .passes.errors import NotCapturedError, UnsupportedError
+
+__all__ = ["is_swapped", "original_class", "restore", "swap"]
+
+SPEC = "_mhc_spec"
+CALL = "_mhc_call"
+OWN_ATTRIBUTES = (SPEC, CALL, adapters.COMPILED)
+
+_root: contextvars.ContextVar[nn.Module | None] = contextvars.ContextVar("mhc_root", default=None)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether a module is part of a transformed model."""
+    return hasattr(type(module), "_mhc_original")
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before it was transformed."""
+    return getattr(type(module), "_mhc_original", type(module))
+
+
+def swap(module: nn.Module, spec: str) -> None:
+    """Give a module its declaring class; ``restore`` takes it away again."""
+    module.__dict__[SPEC] = spec
+    module.__class__ = _swapped_class(type(module))
+    adapters.prepare(module)
+
+
+def restore(module: nn.Module) -> None:
+    """Give a module its original class and drop what ``swap`` left on it."""
+    adapters.undo(module)
+    module.__class__ = original_class(module)
+    for name in OWN_ATTRIBUTES:
+        module.__dict__.pop(name, None)
+    if "mhc" in module._modules:
+        del module._modules["mhc"]
+
+
+def _swapped_class(original: type[nn.Module]) -> type[nn.Module]:
+    # A GraphModule has a class of its own, whose forward `recompile` replaces.
+    make = _make_class if issubclass(original, fx.GraphModule) else _shared_class
+    return make(original)
+
+
+@functools.cache
+def _shared_class(original: type[nn.Module]) -> type[nn.Module]:
+    return _make_class(original)
+
+
+def _make_class(original: type[nn.Module]) -> type[nn.Module]:
+    namespace: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_mhc_original": original,
+        "forward": _declaring_forward(original.forward),
+        "compile": _compile,
+        "__reduce_ex__": _reduce,
+    }
+    if issubclass(original, fx.GraphModule):
+        namespace |= {"recompile": _recompile, "__deepcopy__": _deepcopy_graph_module}
+    namespace |= adapters.overrides(original)
+    return type(original)(original.__name__, (original,), namespace)
+
+
+def _declaring_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            _refuse_export()
+        if torch.compiler.is_compiling():
+            declare(self.mhc.tensors() if "mhc" in self._modules else [], self._mhc_spec)  # type: ignore[operator,union-attr]
+            return original(self, *args, **kwargs)
+        return _call_as_root(self, args, kwargs)
+
+    return forward
+
+
+def _call_as_root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Capture and run a call made from outside every capture."""
+    outer = _root.get()
+    if outer is not None:
+        raise NotCapturedError(_why_not_captured(module, outer))
+    adapters.before_call(module, kwargs)
+    token = _root.set(module)
+    try:
+        with _torch.dynamo_settings():
+            return _compiled_call(module)(*args, **kwargs)
+    finally:
+        _root.reset(token)
+
+
+def _compiled_call(module: nn.Module) -> Callable[..., Any]:
+    call = module.__dict__.get(CALL)
+    if call is None:
+        from .backend import eager
+
+        bound = types.MethodType(type(module).forward, module)
+        call = module.__dict__[CALL] = _torch.compile_dynamo(bound, eager)
+    return call  # type: ignore[no-any-return]
+
+
+def _compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """``nn.Module.compile`` for a transformed module: the same arguments, backend "mhc"."""
+    backend = kwargs.get("backend", "inductor")
+    if backend == "inductor":
+        raise UnsupportedError(
+            "model.compile() of a transformed model needs backend='mhc' (it runs Inductor "
+            "underneath): model.compile(backend='mhc')"
+        )
+    nn.Module.compile(self, *args, **kwargs)
+    compiled = self._compiled_call_impl
+    assert compiled is not None
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        adapters.before_call(self, kwargs)
+        with _torch.dynamo_settings():
+            return compiled(*args, **kwargs)
+
+    self._compiled_call_impl = call
+
+
+def _refuse_export() -> None:
+    raise UnsupportedError(
+        "torch.export and torch.jit.trace cannot take a transformed model: its n-stream graph is "
+        "made at the call. Export the plain model and transform the result: "
+        "mhc_compile.transform(torch.export.export(mhc_compile.revert(model), args).module()), "
+        "with mhc_compile.save before it where the mHC weights matter."
+    )
+
+
+def _why_not_captured(module: nn.Module, root: nn.Module) -> str:
+    name = type(module).__name__
+    if _torch.is_forced_eager():
+        cause = (
+            'torch.compiler.set_stance("force_eager") is in force, and the n-stream graph only '
+            "exists as a captured graph. Leave that stance around this model."
+        )
+    elif module is root:
+        cause = (
+            "Dynamo did not capture the call: it is disabled (torch.compiler.disable, "
+            f"TORCHDYNAMO_DISABLE=1) or reached its limit of {_torch.RECOMPILE_LIMIT} graphs. "
+            "For the limit, pad inputs to few shapes or call torch.compiler.reset()."
+        )
+    else:
+        cause = (
+            f"{type(root).__name__} has a graph break around the call of {name} (code that "
+            "Dynamo cannot trace: a print, .item(), a data-dependent branch, an unsupported "
+            "library call). torch._dynamo.explain shows where; remove the break."
+        )
+    return f"{name} is part of a transformed model and ran outside every captured graph. {cause}"
+
+
+# --- copies -------------------------------------------------------------------------------------
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """Pickle and deepcopy as an instance of the original class that is swapped on arrival."""
+    spec = self.__dict__[SPEC]
+    original = original_class(self)
+    state = {k: v for k, v in self.__dict__.items() if k not in OWN_ATTRIBUTES}
+    state.pop("_compiled_call_impl", None)
+    if issubclass(original, fx.GraphModule):
+        raise UnsupportedError(
+            "a transformed torch.fx.GraphModule cannot be pickled: save its mHC weights with "
+            "mhc_compile.save and the plain module after mhc_compile.revert"
+        )
+    return _rebuild, (original, spec), state, None, None, _set_state
+
+
+def _rebuild(original: type[nn.Module], spec: str) -> nn.Module:
+    module = original.__new__(original)
+    module.__dict__[SPEC] = spec
+    return module
+
+
+def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
+    spec = module.__dict__.pop(SPEC)
+    module.__setstate__(state)
+    swap(module, spec)
+
+
+def _deepcopy_graph_module(self: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
+    """fx rebuilds a GraphModule from its graph and would lose the class."""
+    spec = self.__dict__[SPEC]
+    swapped, call = type(self), self.__dict__.pop(CALL, None)
+    self.__class__ = original_class(self)  # type: ignore[assignment]
+    try:
+        copied = self.__deepcopy__(memo)
+    finally:
+        self.__class__ = swapped  # type: ignore[assignment]
+        if call is not None:
+            self.__dict__[CALL] = call
+    if "mhc" in self._modules and "mhc" not in copied._modules:
+        import copy
+
+        copied._modules["mhc"] = copy.deepcopy(self._modules["mhc"], memo)
+    swap(copied, spec)
+    return copied
+
+
+def _recompile(self: fx.GraphModule) -> Any:
+    """``GraphModule.recompile`` writes ``forward`` on the class: it must be the original one."""
+    spec = self.__dict__[SPEC]
+    self.__class__ = original_class(self)  # type: ignore[assignment]
+    try:
+        return self.recompile()
+    finally:
+        self.__dict__.pop(CALL, None)
+        swap(self, spec)

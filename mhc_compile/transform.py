@@ -1,0 +1,340 @@
+"""``transform``: find the residual adds of a model once, and put their parameters on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from . import adapters, swap
+from .capture import GRAPH_NUMBER, CapturedGraph, as_call, capture, first_break, merge
+from .config import Config
+from .connection import Connection, Connections, Head, StreamParameters
+from .declare import DeclaredSite, Spec
+from .passes.context import Context, Options
+from .passes.errors import (
+    DoubleTransformError,
+    GraphBreakError,
+    MhcError,
+    NoSitesError,
+    NotTransformedError,
+)
+from .passes.pipeline import EXAMINE
+from .passes.runner import run_pipeline
+from .passes.sites import Detection, Site, stack_of
+
+__all__ = ["examine", "parameters", "revert", "transform"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def transform(
+    model: M, n: int | None = None, *, example_inputs: Any = None, config: Config | None = None
+) -> M:
+    """Turn a residual model into an mHC model, in place (arXiv:2512.24880).
+
+    Every chain of residual adds ``x + F(x)`` becomes a chain of n-stream connections
+    ``H_res X + H_post^T F(H_pre X)``. With the default ``init="preserve"`` the model computes
+    what it computed before; the new parameters stand on the modules that own the adds, as
+    ``<owner>.mhc.<branch>.phi | alpha | bias``, in float32.
+
+    Args:
+        model: any ``nn.Module``; its source, keys and parameters are not touched.
+        n: number of streams, 4 by default; 1 leaves the model as it is.
+        example_inputs: what the model's forward takes: a tuple, a dict, or a pair of both, of
+            real, meta or fake tensors. Only shapes are read, nothing is computed. Left out, they
+            are taken from the model (``dummy_inputs``, a Hugging Face config); where that is not
+            possible the parameters are made at the first call, and until then ``parameters()``
+            and ``state_dict()`` raise.
+        config: everything else; see ``Config``.
+
+    Returns:
+        The same object, of a subclass of its class.
+
+    Raises:
+        ValueError: an argument is out of range.
+        NoSitesError: no chain of at least two residual adds was found.
+        GraphBreakError: Dynamo splits the model between two residual adds of one stream.
+        ExampleInputsError: the inputs do not fit the model.
+        DoubleTransformError: the model, or a part of it, is transformed already.
+
+    The model is unchanged after every error.
+    """
+    config = _resolve(n, config)
+    _check_model(model)
+    if config.n == 1:
+        return model
+    call = infer_inputs(model) if example_inputs is None else as_call(example_inputs)
+    if call is None:
+        from .pending import postpone
+
+        return postpone(model, config)
+    gm, context, graphs = examine(model, *call, config)
+    detection = context.detection
+    assert detection is not None
+    _check_unbroken(model, detection, graphs, call)
+    if not detection.sites or all(s.excluded for s in detection.sites):
+        raise NoSitesError(_no_sites(model, detection))
+    attach(model, gm, detection, config)
+    return model
+
+
+def revert(model: M) -> M:
+    """Give a model its original classes, parameters and state-dict keys back, in place.
+
+    Raises:
+        NotTransformedError: the model is not transformed.
+    """
+    from .pending import is_pending, withdraw
+
+    if is_pending(model):
+        return withdraw(model)
+    swapped = [m for m in model.modules() if swap.is_swapped(m)]
+    if not swapped:
+        raise NotTransformedError(f"{type(model).__name__} is not transformed: nothing to revert.")
+    for module in swapped:
+        swap.restore(module)
+    model._compiled_call_impl = None  # compiled from the graphs that are gone
+    return model
+
+
+def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The mHC parameters of a transformed model alone, for an optimizer group of their own.
+
+    Raises:
+        NotTransformedError: the model has none.
+    """
+    found = [m for m in model.modules() if isinstance(m, StreamParameters)]
+    if not found:
+        raise NotTransformedError(
+            f"{type(model).__name__} has no mHC parameters: call mhc_compile.transform(model) first"
+        )
+    return (p for module in found for p in module.parameters())
+
+
+def options_of(config: Config) -> Options:
+    """The part of a configuration that the passes read."""
+    return Options(
+        n=config.n,
+        variant=config.variant_object,
+        eps=config.eps,
+        readout=config.readout,
+        stream_dtype=config.stream_torch_dtype,
+        include=config.include,
+        exclude=config.exclude,
+    )
+
+
+def infer_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Example inputs from what the model offers; None where it offers nothing."""
+    known = adapters.example_inputs(model)
+    if known is not None:
+        return (), known
+    offered = getattr(model, "dummy_inputs", None)
+    return ((), dict(offered)) if isinstance(offered, Mapping) else None
+
+
+# --- finding -------------------------------------------------------------------------------------
+
+
+def examine(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: Config
+) -> tuple[fx.GraphModule, Context, list[CapturedGraph]]:
+    """Capture one call of a plain model and detect its sites; the model is not changed."""
+    graphs = capture(model, args, kwargs)
+    gm, inputs = merge(graphs)
+    context = context_of(gm, inputs, model, config)
+    gm, _ = run_pipeline(gm, context, EXAMINE)
+    return gm, context, graphs
+
+
+def context_of(
+    gm: fx.GraphModule, inputs: list[Any], model: nn.Module, config: Config
+) -> Context:
+    """The context in which every site that is found is taken."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    trainable = {
+        p.name for p, v in zip(placeholders, inputs, strict=True) if isinstance(v, nn.Parameter)
+    }
+    owners = {str(id(m)): name for name, m in model.named_modules() if m is not model}
+    owners[str(id(model))] = ""
+    return Context(options_of(config), trainable=frozenset(trainable), owners=owners)
+
+
+def _check_unbroken(
+    model: nn.Module, detection: Detection, graphs: list[CapturedGraph], call: Any
+) -> None:
+    """A chain must lie in one graph; otherwise its streams would be collapsed at the break."""
+    if len(graphs) == 1:
+        return
+    for chain in detection.chains:
+        numbers = {n.meta.get(GRAPH_NUMBER) for s in chain for n in (s.x, *s.adds)} - {None}
+        if len(numbers) > 1:
+            where = next((g.broken_at for g in graphs if g.broken_at), None)
+            raise GraphBreakError(
+                f"Dynamo breaks the graph of {type(model).__name__} inside a residual stream "
+                f"(between {chain[0].name} and {chain[-1].name}), at "
+                f"{where or first_break(model, *call)}. Remove the break: no print or .item() "
+                "between residual adds; a randomly dropped layer becomes x + mask * F(x) with a "
+                "tensor mask, or layerdrop=0."
+            )
+
+
+def _resolve(n: int | None, config: Config | None) -> Config:
+    if config is not None and not isinstance(config, Config):
+        raise ValueError(f"config must be a mhc_compile.Config, got {type(config).__name__}")
+    if config is None:
+        return Config() if n is None else Config(n=n)
+    if n is not None and n != config.n:
+        raise ValueError(f"n={n!r} and config.n={config.n} disagree; give one of them")
+    return config
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"transform needs an nn.Module, got {type(model).__name__}")
+    from .pending import is_pending
+
+    if is_pending(model):
+        raise DoubleTransformError(
+            f"{type(model).__name__} is waiting for its first call to be transformed; call "
+            "mhc_compile.revert(model) before another transform."
+        )
+    for name, module in model.named_modules():
+        if swap.is_swapped(module):
+            what = f"its module '{name}'" if name else "it"
+            raise DoubleTransformError(
+                f"{type(model).__name__} cannot be transformed: {what} is transformed already. "
+                "Call mhc_compile.revert first."
+            )
+
+
+def _no_sites(model: nn.Module, detection: Detection) -> str:
+    reasons: dict[str, int] = {}
+    for rejected in detection.rejected:
+        reasons[rejected.reason] = reasons.get(rejected.reason, 0) + 1
+    listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
+    excluded = " All sites are excluded by Config.include / Config.exclude." if detection.sites else ""
+    return (
+        f"{type(model).__name__} has no chain of at least two residual adds x + F(x).{excluded} "
+        f"Adds of two tensors that were looked at: {listed or 'none'}. "
+        "mhc_compile.explain(model, *inputs) lists each with its place."
+    )
+
+
+# --- putting parameters on the model ------------------------------------------------------------
+
+
+@dataclass
+class _Plan:
+    """What one module will get."""
+
+    sites: list[Site]
+    homes: list[int]
+
+
+def attach(
+    model: nn.Module, gm: fx.GraphModule, detection: Detection, config: Config
+) -> dict[Site, list[nn.Parameter]]:
+    """Make the parameters of every site and swap the classes; all of it or nothing.
+
+    Returns:
+        The parameters of each site, in the order in which they are declared.
+    """
+    plans = _plan(model, gm, detection)
+    last = {chain[-1] for chain in detection.chains}
+    containers, made = _make_parameters(plans, last, config)
+    changed: list[nn.Module] = []
+    try:
+        for path, plan in plans.items():
+            module = model.get_submodule(path)
+            changed.append(module)
+            if path in containers:
+                module.add_module("mhc", containers[path].train(module.training))
+            swap.swap(module, _spec(plan, last, config).to_json())
+    except BaseException:
+        for module in changed:
+            swap.restore(module)
+        raise
+    return made
+
+
+def _plan(model: nn.Module, gm: fx.GraphModule, detection: Detection) -> dict[str, _Plan]:
+    """Which modules declare what: owners of sites, homes of chains, and all their ancestors."""
+    plans: dict[str, _Plan] = {}
+    for site in detection.sites:
+        plans.setdefault(site.owner, _Plan([], [])).sites.append(site)
+    called = _called(model, gm)
+    for chain in detection.chains:
+        home = os.path.commonprefix([s.owner.split(".") for s in chain])
+        while home and ".".join(home) not in called:
+            home = home[:-1]
+        plans.setdefault(".".join(home), _Plan([], [])).homes.append(chain[0].chain)
+    for path in [p for p in plans if p]:
+        parts = path.split(".")
+        for depth in range(len(parts)):
+            ancestor = ".".join(parts[:depth])
+            if _has_forward(model.get_submodule(ancestor)):
+                plans.setdefault(ancestor, _Plan([], []))
+    for path in plans:
+        if "mhc" in dir(model.get_submodule(path)):
+            raise MhcError(
+                f"module '{path or type(model).__name__}' has an attribute 'mhc' of its own, the "
+                "name under which mHC parameters are kept; rename it"
+            )
+    return plans
+
+
+def _called(model: nn.Module, gm: fx.GraphModule) -> set[str]:
+    """Paths of the modules whose forward ran in a graph (``""``, the root, always did)."""
+    paths = {str(id(m)): name for name, m in model.named_modules()}
+    keys = {key.split("@")[0] for n in gm.graph.nodes for key, _ in stack_of(n)}
+    return {paths[k] for k in keys if k in paths} | {""}
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _make_parameters(
+    plans: Mapping[str, _Plan], last: set[Site], config: Config
+) -> tuple[dict[str, Connections], dict[Site, list[nn.Parameter]]]:
+    containers: dict[str, Connections] = {}
+    made: dict[Site, list[nn.Parameter]] = {}
+    for path, plan in plans.items():
+        for site in plan.sites:
+            if site.excluded:
+                made[site] = []
+                continue
+            container = containers.setdefault(path, Connections())
+            value = site.node.meta["example_value"]
+            dtype = torch.float64 if value.dtype is torch.float64 else torch.float32
+            place: dict[str, Any] = {"dtype": dtype, "device": value.device}
+            parts: list[StreamParameters] = [
+                Connection(site.width, config, index=site.position, linear=site.linear, **place)
+            ]
+            container[site.branch_name] = parts[0]
+            if site in last and config.readout == "head":
+                parts.append(Head(site.width, config, **place))
+                container[f"{site.branch_name}_readout"] = parts[1]
+            made[site] = [t for p in parts for t in (p.phi, p.alpha, p.bias)]
+    return containers, made
+
+
+def _spec(plan: _Plan, last: set[Site], config: Config) -> Spec:
+    sites = tuple(
+        DeclaredSite(
+            name=s.branch_name,
+            chain=s.chain,
+            first=s.position == 0,
+            last=s in last,
+            tensors=0 if s.excluded else 6 if s in last and config.readout == "head" else 3,
+        )
+        for s in plan.sites
+    )
+    return Spec(config, sites, tuple(plan.homes))
+

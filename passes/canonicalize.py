@@ -1,0 +1,388 @@
+"""canonicalize: one spelling for each thing that detection looks for.
+
+    before                                         after
+    x = tag_activation_checkpoint(body, h)         the body's nodes, tagged for recompute
+    x += f;  x.add_(f);  torch.add(x, f, alpha=a)  x_1 = x + f;  x + f * a
+    torch.addcmul(x, a, b); torch.addmm(x, a, b)   x + a * b;    x + a @ b
+    h * rsqrt(mean(h ** 2, -1) + eps)              rms_norm(h, (C,), None, eps)
+    relu(x, inplace=True)                          relu(x), later readers of x read the result
+
+Writes that another view of the same memory could see, and writes into inputs, are left alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from .context import Context, PassResult
+from .dataflow import is_mutation
+from .operators import Kind, holds_tensor, is_float_tensor, kind_of, op_name, same_shape, value_of
+
+__all__ = ["canonicalize"]
+
+_INLINED = ("tag_activation_checkpoint", "invoke_subgraph", "wrap")
+
+
+def canonicalize(gm: fx.GraphModule, context: Context) -> PassResult:
+    """Bring every spelling of a residual add and of RMSNorm to one form."""
+    steps = {
+        "bodies inlined": _inline_bodies(gm),
+        "writes made functional": _remove_in_place(gm.graph),
+        "adds respelled": _unify_adds(gm.graph),
+        "RMSNorms joined": _join_rms_norms(gm.graph),
+    }
+    gm.graph.eliminate_dead_code()
+    notes = [f"{count} {what}" for what, count in steps.items() if count]
+    return PassResult(gm, changed=bool(notes), notes=notes)
+
+
+# --- bodies of user checkpoints and nested compile regions ---------------------------------
+
+
+def _inline_bodies(gm: fx.GraphModule) -> int:
+    count = 0
+    while node := next((n for n in gm.graph.nodes if _is_body_call(gm, n)), None):
+        _inline_body(gm, node, recompute_id=count)
+        count += 1
+    return count
+
+
+def _is_body_call(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op != "call_function" or op_name(node) not in _INLINED or not node.args:
+        return False
+    body = node.args[0]
+    return isinstance(body, fx.Node) and body.op == "get_attr"
+
+
+def _inline_body(gm: fx.GraphModule, call: fx.Node, recompute_id: int) -> None:
+    name = op_name(call)
+    body = gm.get_submodule(str(call.args[0].target))  # type: ignore[union-attr]
+    assert isinstance(body, fx.GraphModule)
+    arguments = list(call.args[2:] if name == "invoke_subgraph" else call.args[1:])
+    copied: dict[fx.Node, Any] = {}
+    result: Any = None
+    with gm.graph.inserting_before(call):
+        for node in body.graph.nodes:
+            if node.op == "placeholder":
+                copied[node] = arguments.pop(0)
+            elif node.op == "output":
+                result = fx.map_arg(node.args[0], lambda n: copied[n])
+            else:
+                new = gm.graph.node_copy(node, lambda n: copied[n])
+                copied[node] = new
+                if node.op == "get_attr":
+                    new.target = _adopt_attribute(gm, body, str(node.target))
+                elif name == "tag_activation_checkpoint" and "recompute" not in new.meta:
+                    new.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+                    new.meta["ac_graph_id"] = recompute_id
+    for reader in list(call.users):
+        if op_name(reader) == "getitem" and isinstance(reader.args[1], int):
+            reader.replace_all_uses_with(result[reader.args[1]])
+            gm.graph.erase_node(reader)
+    if call.users:
+        call.replace_all_uses_with(result)
+    gm.graph.erase_node(call)
+    if not call.args[0].users:  # type: ignore[union-attr]
+        gm.graph.erase_node(call.args[0])  # type: ignore[arg-type]
+
+
+def _adopt_attribute(gm: fx.GraphModule, body: fx.GraphModule, name: str) -> str:
+    value = getattr(body, name)
+    new, number = name, 0
+    while hasattr(gm, new) and getattr(gm, new) is not value:
+        number += 1
+        new = f"{name}_{number}"
+    if not hasattr(gm, new):
+        setattr(gm, new, value)
+    return new
+
+
+# --- writes in place --------------------------------------------------------------------------
+
+_OPERATORS = {
+    "iadd": operator.add,
+    "isub": operator.sub,
+    "imul": operator.mul,
+    "itruediv": operator.truediv,
+}
+
+
+def _remove_in_place(graph: fx.Graph) -> int:
+    index = {node: i for i, node in enumerate(graph.nodes)}
+    memory = _Memory(index)
+    count = 0
+    for node in list(graph.nodes):
+        functional = _functional_form(node)
+        if functional is None or not memory.private_write(node):
+            memory.add(node)
+            continue
+        written = node.args[0]
+        assert isinstance(written, fx.Node)
+        with graph.inserting_before(node):
+            new = _call(graph, node, functional[0], node.args, functional[1])
+            if _promotes(node):  # a write keeps the dtype of what it writes into
+                new = _call(graph, node, "to", (new, value_of(node).dtype), {})  # type: ignore[attr-defined]
+        index[new] = index[node]
+        node.replace_all_uses_with(new)
+        written.replace_all_uses_with(
+            new, delete_user_cb=lambda user: index.get(user, -1) > index[new]
+        )
+        memory.add(new)
+        graph.erase_node(node)
+        count += 1
+    return count
+
+
+def _promotes(node: fx.Node) -> bool:
+    values = [value_of(a) for a in node.args if isinstance(a, fx.Node)]
+    dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.dim()}
+    return len(dtypes) > 1
+
+
+def _functional_form(node: fx.Node) -> tuple[Any, dict[str, Any]] | None:
+    """The out-of-place target and keyword arguments of an in-place pointwise operation."""
+    if not node.args or not is_float_tensor(node.args[0]) or not holds_tensor(node):
+        return None
+    name, kwargs = op_name(node), dict(node.kwargs)
+    if name in _OPERATORS:
+        return _OPERATORS[name], kwargs
+    if node.kwargs.get("inplace") or (name == "dropout" and node.args[3:4] == (True,)):
+        kwargs["inplace"] = False
+        node.args = node.args[:3] if name == "dropout" else node.args
+        return node.target, kwargs
+    if is_mutation(node) and name.endswith("_"):
+        plain = name[:-1]
+        known = kind_of(node) in (Kind.POINTWISE, Kind.DROPOUT)
+        if known and hasattr(torch.Tensor, plain):
+            return plain, kwargs
+        if known and hasattr(F, plain):
+            return getattr(F, plain), kwargs
+    return None
+
+
+class _Memory:
+    """Which nodes seen so far show the same memory, to know who could notice a write."""
+
+    def __init__(self, index: dict[fx.Node, int]) -> None:
+        self._index = index
+        self._root: dict[fx.Node, fx.Node] = {}
+        self._aliases: dict[fx.Node, list[fx.Node]] = {}
+
+    def add(self, node: fx.Node) -> None:
+        source = _memory_shown_by(node)
+        root = node if source is None else self._root.get(source, source)
+        self._root[node] = root
+        self._aliases.setdefault(root, []).append(node)
+
+    def private_write(self, write: fx.Node) -> bool:
+        """Whether only readers of the written node itself can see the write."""
+        written = write.args[0]
+        assert isinstance(written, fx.Node)
+        root = self._root[written]
+        if root.op not in ("call_function", "call_method"):
+            return False
+        here = self._index[write]
+        return not any(
+            self._index.get(user, -1) > here
+            for alias in self._aliases[root]
+            if alias is not written
+            for user in alias.users
+        )
+
+
+def _memory_shown_by(node: fx.Node) -> fx.Node | None:
+    """The node whose memory a node may show: views, writes, casts that change nothing."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    shows = kind_of(node) in (Kind.VIEW, Kind.CAST, Kind.DROPOUT) or op_name(node) in (
+        "contiguous",
+        "detach",
+        "identity",
+    )
+    return node.args[0] if shows or is_mutation(node) or node.kwargs.get("inplace") else None
+
+
+# --- spellings of add ---------------------------------------------------------------------------
+
+
+def _unify_adds(graph: fx.Graph) -> int:
+    count = 0
+    for node in list(graph.nodes):
+        form = (
+            _ADD_FORMS.get(op_name(node)) if node.op in ("call_function", "call_method") else None
+        )
+        if form is None:
+            continue
+        with graph.inserting_before(node):
+            new = form(graph, node)
+        if new is not None and new is not node:
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+            count += 1
+    return count
+
+
+def _add(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    if len(node.args) != 2 or not is_float_tensor(node):
+        return None
+    a, b = node.args
+    for zero, kept in ((a, b), (b, a)):  # sum([x, y]) begins with 0 + x
+        if type(zero) is int and zero == 0 and is_float_tensor(kept):
+            return kept  # type: ignore[return-value]
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+        return None
+    alpha = node.kwargs.get("alpha", 1)
+    if node.target is operator.add and alpha == 1:
+        return None
+    return _call(graph, node, operator.add, (a, _scaled(graph, node, b, alpha)), {})
+
+
+def _addcmul(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    if len(node.args) < 3 or not is_float_tensor(node):
+        return None
+    product = _call(graph, node, operator.mul, node.args[1:3], {})
+    product = _scaled(graph, node, product, node.kwargs.get("value", 1))
+    return _call(graph, node, operator.add, (node.args[0], product), {})
+
+
+def _addmm(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    x = node.args[0] if len(node.args) >= 3 else None
+    if not isinstance(x, fx.Node) or not same_shape(x, node) or x.op == "placeholder":
+        return None  # an input of full shape is a bias, not a stream
+    product = _call(graph, node, torch.matmul, node.args[1:3], {})
+    product = _scaled(graph, node, product, node.kwargs.get("alpha", 1))
+    return _call(
+        graph,
+        node,
+        operator.add,
+        (_scaled(graph, node, x, node.kwargs.get("beta", 1)), product),
+        {},
+    )
+
+
+_ADD_FORMS = {
+    "add": _add,
+    "addcmul": _addcmul,
+    "addmm": _addmm,
+    "baddbmm": _addmm,
+}
+
+
+def _scaled(graph: fx.Graph, like: fx.Node, value: fx.Node, factor: Any) -> fx.Node:
+    if not isinstance(factor, fx.Node) and factor == 1:
+        return value
+    return _call(graph, like, operator.mul, (value, factor), {})
+
+
+# --- RMSNorm written out ------------------------------------------------------------------------
+
+
+def _join_rms_norms(graph: fx.Graph) -> int:
+    count = 0
+    for node in list(graph.nodes):
+        match = _match_rms_norm(node)
+        if match is None:
+            continue
+        x, eps = match
+        dtype, have = value_of(node), value_of(x)
+        assert isinstance(dtype, torch.Tensor) and isinstance(have, torch.Tensor)
+        with graph.inserting_before(node):
+            if have.dtype != dtype.dtype:
+                x = _call(graph, node, "to", (x, dtype.dtype), {})
+            new = _call(graph, node, F.rms_norm, (x, (have.shape[-1],), None, eps), {})
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        count += 1
+    return count
+
+
+def _match_rms_norm(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """``x * rsqrt(mean(x ** 2, -1, keepdim=True) + eps)`` in its spellings -> (x, eps)."""
+    name = op_name(node)
+    if name not in ("mul", "multiply", "div", "truediv", "divide") or len(node.args) != 2:
+        return None
+    pairs = [node.args] if name not in ("mul", "multiply") else [node.args, node.args[::-1]]
+    for x, factor in pairs:
+        if not (is_float_tensor(x) and isinstance(factor, fx.Node) and same_shape(x, node)):
+            continue
+        shifted = _root_argument(factor, inverse=name in ("mul", "multiply"))
+        if shifted is None or op_name(shifted) != "add" or len(shifted.args) != 2:
+            continue
+        mean, eps = shifted.args
+        if isinstance(mean, (int, float)):
+            mean, eps = eps, mean
+        if not isinstance(mean, fx.Node) or not isinstance(eps, (int, float)):
+            continue
+        squared = _mean_over_last(mean)
+        base = None if squared is None else _square_argument(squared)
+        if base is not None and _uncast(base) is _uncast(x) and value_of(x) is not None:
+            width = value_of(x).shape[-1]  # type: ignore[attr-defined]
+            return (x, float(eps)) if isinstance(width, int) else None
+    return None
+
+
+def _root_argument(node: fx.Node, *, inverse: bool) -> fx.Node | None:
+    """v of ``rsqrt(v)``, ``v ** -0.5``, ``1 / sqrt(v)`` (inverse) or of ``sqrt(v)``."""
+    name, args = op_name(node), node.args
+    if inverse and name == "rsqrt":
+        return args[0]  # type: ignore[return-value]
+    power = -0.5 if inverse else 0.5
+    if name == "pow" and len(args) == 2 and args[1] == power:
+        return args[0]  # type: ignore[return-value]
+    if not inverse:
+        return args[0] if name == "sqrt" else None  # type: ignore[return-value]
+    if name == "reciprocal" and isinstance(args[0], fx.Node):
+        return _root_argument(args[0], inverse=False)
+    if name in ("truediv", "div") and args[0] in (1, 1.0) and isinstance(args[1], fx.Node):
+        return _root_argument(args[1], inverse=False)
+    return None
+
+
+def _mean_over_last(node: fx.Node) -> fx.Node | None:
+    if op_name(node) != "mean" or not node.args:
+        return None
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    source = node.args[0]
+    last = dim in (-1, (-1,), [-1]) or (
+        isinstance(source, fx.Node)
+        and isinstance(value_of(source), torch.Tensor)
+        and dim == value_of(source).dim() - 1  # type: ignore[attr-defined]
+    )
+    return source if keepdim and last else None  # type: ignore[return-value]
+
+
+def _square_argument(node: fx.Node) -> fx.Node | None:
+    name, args = op_name(node), node.args
+    if name == "square" or (name == "pow" and len(args) == 2 and args[1] in (2, 2.0)):
+        return args[0]  # type: ignore[return-value]
+    if name in ("mul", "multiply") and len(args) == 2 and args[0] is args[1]:
+        return args[0]  # type: ignore[return-value]
+    return None
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    while kind_of(node) is Kind.CAST and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+# --- helpers ------------------------------------------------------------------------------------
+
+
+def _call(graph: fx.Graph, like: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
+    """A new node at the insertion point that computes what ``like`` (or a part of it) does."""
+    make = graph.call_method if isinstance(target, str) else graph.call_function
+    new = make(target, tuple(args), dict(kwargs))
+    new.meta = dict(like.meta)
+    if target == "to":
+        value = value_of(like)
+        assert isinstance(value, torch.Tensor)
+        new.meta["example_value"] = value.to(args[1])
+    return new

@@ -1,0 +1,94 @@
+"""What the passes share: the options of a run, what a model declares, and results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from ..kernels.variants import Variant
+
+if TYPE_CHECKING:
+    from .sites import Detection
+
+__all__ = ["Context", "Declaration", "Options", "PassResult"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The part of a configuration that changes graphs.
+
+    Attributes:
+        n: number of streams.
+        variant: how H_pre, H_post and H_res are parametrised.
+        eps: added to the mean square in the mapping's RMSNorm.
+        readout: ``mean``, ``sum`` or ``head``.
+        stream_dtype: dtype in which streams are kept, ``None`` for the model's own.
+        include, exclude: ``fnmatch`` patterns over site names.
+    """
+
+    n: int
+    variant: Variant
+    eps: float = 1e-6
+    readout: str = "mean"
+    stream_dtype: torch.dtype | None = None
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass
+class Declaration:
+    """One site that a module says it owns, as it arrives in a captured graph.
+
+    Attributes:
+        name: the branch's name within its owner (``self_attn``).
+        chain: the chain's number in the transformed model.
+        first, last: whether it is the first or the last site of its chain.
+        parameters: placeholders of phi, alpha, bias (and the head's three at a last site);
+            empty for a site that the user excluded.
+    """
+
+    name: str
+    chain: int
+    first: bool
+    last: bool
+    parameters: list[fx.Node] = field(default_factory=list)
+
+
+@dataclass
+class Context:
+    """The state of one run of the pipeline over one captured graph.
+
+    Attributes:
+        options: what to build.
+        trainable: placeholders that are ``nn.Parameter`` (learned weights).
+        owners: from a module's identity to its path in the model; empty when unknown.
+        declarations: from the identity of an owner (its ``nn_module_stack`` key without the
+            count of calls) to what it declares; ``None`` while a model is examined for the
+            first time and every site found is taken.
+        homes: chains whose home module (the lowest common ancestor of its owners) was entered
+            in this graph.
+        broken_at: where and why the capture of this graph ended early, if it did.
+        autocast: device types for which autocast is on around the graph.
+        detection: the result of ``detect``.
+    """
+
+    options: Options
+    trainable: frozenset[str] = frozenset()
+    owners: dict[str, str] = field(default_factory=dict)
+    declarations: dict[str, list[Declaration]] | None = None
+    homes: frozenset[int] = frozenset()
+    broken_at: str | None = None
+    autocast: frozenset[str] = frozenset()
+    detection: Detection | None = None
+
+
+@dataclass
+class PassResult:
+    """A pass's answer: the graph, whether it changed, and what to tell the reader."""
+
+    gm: fx.GraphModule
+    changed: bool
+    notes: list[str] = field(default_factory=list)

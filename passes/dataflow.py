@@ -1,0 +1,132 @@
+"""Who computes from whom: the data flow of an fx graph, values only.
+
+Sizes are not data (``zeros_like(x)`` does not depend on x), and a write into a tensor
+(``out[i] = v``, ``out.index_add_(...)``) is data for every later reader of that tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import networkx as nx
+from torch import fx
+
+from .operators import Kind, holds_tensor, kind_of, op_name
+
+__all__ = ["DataFlow", "is_mutation"]
+
+_WRITERS = frozenset({"setitem", "copy_", "fill_", "zero_"})
+
+
+def is_mutation(node: fx.Node) -> bool:
+    """Whether a node writes into its first argument."""
+    name = op_name(node)
+    if node.op == "call_method" or name in _WRITERS:
+        in_place = name in _WRITERS or (name.endswith("_") and not name.endswith("__"))
+        return in_place and name != "requires_grad_"
+    if node.op != "call_function":
+        return False
+    if name in ("iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "ixor"):
+        return True
+    return name.endswith("_") and not name.startswith("_")
+
+
+class DataFlow:
+    """The data-flow graph of an fx graph, with the queries that detection asks.
+
+    Args:
+        graph: an fx graph whose nodes carry ``meta["example_value"]``.
+
+    ``flow`` is a ``networkx.DiGraph`` over the nodes; its edges run from a tensor to each of
+    its readers. ``index`` is the position of a node in the graph, a topological order.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.order: list[fx.Node] = list(graph.nodes)
+        self.index: dict[fx.Node, int] = {node: i for i, node in enumerate(self.order)}
+        self.flow = nx.DiGraph()
+        self.flow.add_nodes_from(self.order)
+        self._reached: dict[fx.Node, _Reach] = {}
+        self._connect()
+
+    def _connect(self) -> None:
+        root: dict[fx.Node, fx.Node] = {}  # a view -> the tensor whose memory it shows
+        written: dict[fx.Node, fx.Node] = {}  # a tensor -> the last write into it
+        for node in self.order:
+            kind = kind_of(node)
+            if kind is Kind.SHAPE or not (holds_tensor(node) or is_mutation(node)):
+                if node.op != "output":
+                    continue
+            inputs = [n for n in node.all_input_nodes if holds_tensor(n)]
+            for source in inputs:
+                self.flow.add_edge(source, node)
+                last = written.get(root.get(source, source))
+                if last is not None:
+                    self.flow.add_edge(last, node)
+            if kind is Kind.VIEW and inputs:
+                root[node] = root.get(inputs[0], inputs[0])
+            if is_mutation(node) and inputs:
+                target = root.get(inputs[0], inputs[0])
+                written[target] = node
+                root[node] = target
+
+    def inputs(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors that a node reads, writes into them included."""
+        return list(self.flow.predecessors(node))
+
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that read a tensor."""
+        return list(self.flow.successors(node))
+
+    def depends(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether a node's value depends on a source's (a node depends on itself)."""
+        return node is source or node in self._reach(source, node).reached
+
+    def computes_from(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether real computation (an operation that mixes) lies between source and node."""
+        return node is not source and node in self._reach(source, node).mixed
+
+    def region(self, source: fx.Node, sinks: Iterable[fx.Node]) -> set[fx.Node]:
+        """All nodes after ``source`` that the sinks are computed from, the sinks included."""
+        first = self.index[source]
+        pending = [n for n in sinks if self.index[n] > first]
+        found = set(pending)
+        while pending:
+            for node in self.flow.predecessors(pending.pop()):
+                if node not in found and self.index[node] > first:
+                    found.add(node)
+                    pending.append(node)
+        return found
+
+    def _reach(self, source: fx.Node, node: fx.Node) -> _Reach:
+        reach = self._reached.get(source)
+        if reach is None:
+            reach = self._reached[source] = _Reach(self, source)
+        reach.extend(self.index[node])
+        return reach
+
+
+class _Reach:
+    """The nodes reached from one source, found in graph order and only as far as asked.
+
+    Most questions are about a source a few dozen nodes back, so each source costs the length
+    of its own neighbourhood, and the whole of detection stays near-linear in the graph.
+    """
+
+    def __init__(self, flow: DataFlow, source: fx.Node) -> None:
+        self._flow = flow
+        self._done = flow.index[source]
+        self.reached: set[fx.Node] = {source}
+        self.mixed: set[fx.Node] = set()
+
+    def extend(self, last: int) -> None:
+        order, predecessors = self._flow.order, self._flow.flow.pred
+        for position in range(self._done + 1, last + 1):
+            node = order[position]
+            sources = predecessors[node]
+            if not sources or self.reached.isdisjoint(sources):
+                continue
+            self.reached.add(node)
+            if kind_of(node) is Kind.MIXING or not self.mixed.isdisjoint(sources):
+                self.mixed.add(node)
+        self._done = max(self._done, last)

@@ -1,0 +1,552 @@
+"""detect: the residual adds of a graph and the chains that they form, by data flow alone.
+
+    hidden_states_5 = hidden_states_0 + attn_output_4     site 0 of chain 0, branch self_attn
+    hidden_states_9 = hidden_states_5 + down_proj         site 1 of chain 0, branch mlp
+    q_embed = q * cos + rotate_half(q) * sin              rejected: the branch mixes neither ...
+
+Note [What is a site]
+    z = s + f_1 + f_2 + ... is residual if s comes from a state x through *stream-wise*
+    operations (each acts on one stream alone: casts, dropout, scaling, activations, norms over
+    the channels, views) and some f is computed from x through *real computation* (something
+    that mixes channels or tokens). The sum may be associated in any way; x is the nearest such
+    state, and of several candidates the earliest. Sites whose x comes stream-wise from an
+    earlier site's z form a chain. (Definition of the residual stream in arXiv:2512.24880, eq. 1,
+    extended to post-norm and parallel branches.)
+
+Note [Linear time]
+    All questions about reachability are local (see ``dataflow._Reach``): the cost of a site is
+    that of its neighbourhood, so a model of 1,000 layers costs 1,000 times one layer.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import networkx as nx
+import torch
+from torch import fx
+
+from . import layout
+from .context import Context, Declaration, PassResult
+from .dataflow import DataFlow, is_mutation
+from .errors import ChainBrokenError
+from .operators import Kind, is_float_tensor, kind_of, op_name, same_shape, shape_of, value_of
+from .sites import Detection, Reason, Rejected, Site, location_of, stack_of
+from .streamwise import is_linear, streamwise_operands
+
+__all__ = ["detect"]
+
+
+def detect(gm: fx.GraphModule, context: Context) -> PassResult:
+    """Find every residual add; leaves the graph unchanged and ``context.detection`` set."""
+    detector = _Detector(gm.graph, context)
+    context.detection = detector.run()
+    found = context.detection
+    notes = [
+        f"{len(found.sites)} sites in {len(found.chains)} chains, {len(found.rejected)} rejected"
+    ]
+    return PassResult(gm, changed=False, notes=notes)
+
+
+class _Detector:
+    def __init__(self, graph: fx.Graph, context: Context) -> None:
+        self.context = context
+        self.flow = DataFlow(graph)
+        self.up: dict[fx.Node, fx.Node] = {}
+        self.base: dict[fx.Node, fx.Node] = {}
+        self.sites: dict[fx.Node, Site] = {}
+        self.terms: dict[fx.Node, list[fx.Node]] = {}
+        self.adds: dict[fx.Node, list[fx.Node]] = {}
+        self.rejected: dict[fx.Node, Rejected] = {}
+
+    def run(self) -> Detection:
+        for node in self.flow.order:
+            if _is_add(node):
+                self._visit_add(node)
+            if node not in self.sites:
+                self._visit_streamwise(node)
+        self._name()
+        self._reject_shared_branches()
+        self._keep_declared()
+        chains = self._chains()
+        self._mark_excluded()
+        self._check_declared(chains)
+        ordered = sorted(self.sites.values(), key=lambda s: self.flow.index[s.node])
+        rejected = sorted(self.rejected.values(), key=lambda r: self.flow.index[r.node])
+        return Detection(ordered, rejected + _in_control_flow(self.flow.order), chains, self.up)
+
+    # --- one node at a time, in the order of the graph ---
+
+    def _visit_streamwise(self, node: fx.Node) -> None:
+        """Note from which operand a node carries streams, and where those begin."""
+        self.base[node] = node
+        if not is_float_tensor(node) or self._is_written(node):
+            return
+        candidates = streamwise_operands(node)
+        if not candidates:
+            return
+        free = [
+            u
+            for u in candidates
+            if u in self.base
+            and not any(
+                self.flow.depends(o, self.base[u]) and not self._is_global(o, self.base[u])
+                for o in self.flow.inputs(node)
+                if o is not u
+            )
+        ]
+        if free:
+            operand = next((u for u in free if self.base[u] in self.sites), free[0])
+            self.up[node] = operand
+            self.base[node] = self.base[operand]
+
+    def _is_written(self, node: fx.Node) -> bool:
+        return any(is_mutation(u) and u.args and u.args[0] is node for u in node.users)
+
+    def _is_global(self, node: fx.Node, base: fx.Node) -> bool:
+        """Whether a scalar is a reduction over the whole stream (``isinf(x).any()``).
+
+        It is computed once, over all streams, so it does not tie the streams together.
+        """
+        return is_reduction_of(self.flow, node, base)
+
+    def _visit_add(self, node: fx.Node) -> None:
+        a, b = node.args
+        assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+        if not (same_shape(a, node) and same_shape(b, node)):
+            self._reject(node, Reason.BROADCAST)
+            return
+        terms, adds = self._gather_terms(node, a, b)
+        choice = self._find_skip(terms)
+        if isinstance(choice, Reason):
+            self._reject(node, choice)
+            return
+        skip, x, path = choice
+        branch = [t for t in terms if t is not skip]
+        self.base[node] = node
+        self.terms[node], self.adds[node] = terms, adds
+        self.sites[node] = Site(node, x, skip, path, branch, adds)
+        for inner in adds[:-1]:
+            self.sites.pop(inner, None)
+            self._reject(inner, Reason.PART_OF_SITE)
+
+    def _gather_terms(
+        self, node: fx.Node, a: fx.Node, b: fx.Node
+    ) -> tuple[list[fx.Node], list[fx.Node]]:
+        """The terms of the sum that ends in ``node``, and its adds (``node`` last)."""
+        terms: list[fx.Node] = []
+        adds: list[fx.Node] = []
+        for operand, sibling in ((a, b), (b, a)):
+            if self._merges(operand, sibling):
+                terms += self.terms.get(operand, [operand])
+                adds += self.adds.get(operand, [])
+            else:
+                terms.append(operand)
+        self.terms[node], self.adds[node] = terms, [*adds, node]
+        return terms, self.adds[node]
+
+    def _merges(self, inner: fx.Node, sibling: fx.Node) -> bool:
+        """Whether an inner add is a part of the outer sum and not a site of another stream."""
+        if not _is_add(inner) or len(inner.users) != 1 or inner not in self.terms:
+            return False
+        site = self.sites.get(inner)
+        if site is None:
+            return True
+        others = self.terms[sibling] if self._is_private_add(sibling) else [sibling]
+        return any(self.flow.computes_from(t, site.x) for t in others)
+
+    def _is_private_add(self, node: fx.Node) -> bool:
+        return _is_add(node) and len(node.users) == 1 and node in self.terms
+
+    def _find_skip(self, terms: list[fx.Node]) -> tuple[fx.Node, fx.Node, list[fx.Node]] | Reason:
+        """The term that carries the stream, x, and the path between them; or why there is none."""
+        found: list[tuple[int, fx.Node, fx.Node, list[fx.Node]]] = []
+        reason = Reason.INDEPENDENT
+        for skip in dict.fromkeys(terms):
+            others = [t for t in terms if t is not skip]
+            base = self.base.get(skip, skip)
+            if not any(self.flow.depends(t, base) for t in others):
+                continue
+            path: list[fx.Node] = []
+            state: fx.Node | None = skip
+            while state is not None:
+                computed = [t for t in others if self.flow.computes_from(t, state)]
+                if computed:
+                    problem = self._not_a_branch(state, computed)
+                    if problem is None:
+                        found.append((self.flow.index[state], skip, state, path))
+                    else:
+                        reason = problem
+                    break
+                path = [*path, state]
+                state = self.up.get(state)
+            else:
+                reason = Reason.POINTWISE_BRANCH
+        if not found:
+            return reason if reason is not Reason.INDEPENDENT else self._why_not(terms)
+        _, skip, x, path = min(found, key=lambda f: f[0])
+        return skip, x, path
+
+    def _not_a_branch(self, x: fx.Node, computed: list[fx.Node]) -> Reason | None:
+        if any(self._is_later_state(t, x) for t in computed):
+            return Reason.SUM_OF_STATES
+        base = self.base.get(x, x)
+        if _is_constant(base) and not self._is_learned(x, computed):
+            return Reason.RECURRENT_STATE
+        return None
+
+    def _is_later_state(self, node: fx.Node, x: fx.Node) -> bool:
+        """Whether x reaches a node along its stream: through stream-wise steps and skips only."""
+        first = self.flow.index[x]
+        state: fx.Node | None = node
+        while state is not None and self.flow.index[state] >= first:
+            if state is x:
+                return True
+            site = self.sites.get(state)
+            state = site.skip if site is not None else self.up.get(state)
+        return False
+
+    def _is_learned(self, x: fx.Node, terms: list[fx.Node]) -> bool:
+        trainable = self.context.trainable
+        region = self.flow.region(x, terms)
+        return any(i.name in trainable for n in region for i in n.all_input_nodes)
+
+    def _why_not(self, terms: list[fx.Node]) -> Reason:
+        """Tell a transformed skip from operands that have nothing to do with each other."""
+        for skip in terms:
+            others = [t for t in terms if t is not skip]
+            end = self.base.get(skip, skip)
+            for source in self.flow.inputs(end):
+                if source.op == "placeholder" and source.name in self.context.trainable:
+                    continue
+                state = self.base.get(source, source)
+                if any(self.flow.computes_from(t, state) for t in others):
+                    mixes = kind_of(end) is Kind.MIXING
+                    gate = op_name(end) in ("mul", "multiply", "where", "lerp", "div", "truediv")
+                    if mixes:
+                        return Reason.PROJECTED_SKIP
+                    if gate:
+                        return Reason.GATED_SKIP
+        return Reason.INDEPENDENT
+
+    def _reject(self, node: fx.Node, reason: Reason) -> None:
+        self.base[node] = node
+        self.rejected[node] = Rejected(node, reason, location=location_of(node))
+
+    # --- names -------------------------------------------------------------------------------
+
+    def _name(self) -> None:
+        """Owner and branch of every add; a repeat in the same owner gets ``_1``, ``_2``."""
+        seen: dict[tuple[str, str], int] = {}
+        taken: dict[str, set[str]] = {}
+        for node in self.flow.order:
+            site = self.sites.get(node)
+            if site is not None:
+                key, path = self._owner_of(node)
+                region = self.flow.region(site.x, site.branch)
+                branch = self._branch_name(key, path, region)
+                owner_id = key.split("@")[0]
+                number = seen.get((owner_id, branch), 0)
+                seen[owner_id, branch] = number + 1
+                name = branch if number == 0 else f"{branch}_{number}"
+                while name in taken.setdefault(owner_id, set()):
+                    name += "_"
+                taken[owner_id].add(name)
+                site.owner, site.owner_key, site.branch_name = path, key, name
+                site.location = location_of(node)
+            elif node in self.rejected:
+                record = self.rejected[node]
+                record.owner = self._owner_of(node)[1]
+                record.branch_name = node.name
+        for site in self.sites.values():
+            site.channel_in = layout.channel_axis(self.flow, site)
+
+    def _owner_of(self, node: fx.Node) -> tuple[str, str]:
+        """(stack key, path) of the innermost module call that can own parameters."""
+        known = self.context.owners
+        declared = self.context.declarations or {}
+        for key, path in reversed(stack_of(node)):
+            identity = key.split("@")[0]
+            if identity in (declared if self.context.declarations is not None else known):
+                return key, known.get(identity, path)
+        return "", ""
+
+    def _branch_name(self, key: str, owner: str, region: set[fx.Node]) -> str:
+        ordered = sorted(region, key=self.flow.index.__getitem__)
+        mixing = [n for n in ordered if kind_of(n) is Kind.MIXING]
+        for node in mixing:
+            child = _child_within(node, key)
+            if child:
+                return child
+        for node in mixing:
+            for source in node.all_input_nodes:
+                if source.name in self.context.trainable:
+                    return _last_name(source)
+        return op_name(mixing[0]) if mixing else "branch"
+
+    # --- what is taken -------------------------------------------------------------------------
+
+    def _demote(self, site: Site, reason: Reason) -> None:
+        del self.sites[site.node]
+        self.rejected[site.node] = Rejected(
+            site.node, reason, site.owner, site.branch_name, site.location, site.width
+        )
+
+    def _reject_shared_branches(self) -> None:
+        """Two branches that read one state through one operation cannot have an input each."""
+        readers: dict[fx.Node, list[tuple[Site, set[fx.Node]]]] = {}
+        for site in list(self.sites.values()):
+            region = self.flow.region(site.x, site.branch)
+            users = {u for u in self.flow.readers(site.x) if u in region}
+            for other, theirs in readers.get(site.x, []):
+                nested = other.node in region
+                if users & theirs and not nested:
+                    self._demote(site, Reason.SHARED_BRANCH)
+                    break
+            else:
+                readers.setdefault(site.x, []).append((site, users))
+
+    def _keep_declared(self) -> None:
+        """Whether a site is taken was decided once, when the model was transformed."""
+        if self.context.declarations is None:
+            return
+        for site in list(self.sites.values()):
+            declared = self._declaration_of(site)
+            if declared is None:
+                self._demote(site, Reason.UNDECLARED)
+            else:
+                site.parameters = declared.parameters
+                site.chain = declared.chain
+        self._relink()
+
+    def _declaration_of(self, site: Site) -> Declaration | None:
+        declarations = self.context.declarations or {}
+        declared = declarations.get(site.owner_key.split("@")[0], ())
+        return next((d for d in declared if d.name == site.branch_name), None)
+
+    def _relink(self) -> None:
+        """A demoted add may still pass streams on (``x + c``): look at it again as such."""
+        for node in self.flow.order:
+            if _is_add(node) and node in self.rejected and node not in self.sites:
+                if self.rejected[node].reason is Reason.UNDECLARED:
+                    self.base[node] = node
+            elif node in self.up:
+                self.base[node] = self.base[self.up[node]]
+
+    def _chains(self) -> list[list[Site]]:
+        """Link sites by their streams; drop chains of one unless they are declared."""
+        links = nx.Graph()
+        inside = self._first_in_branch()
+        for site in self.sites.values():
+            links.add_node(site.node)
+            if site not in inside:
+                site.previous = self.sites.get(self.base.get(site.x, site.x))
+            if site.previous is not None:
+                links.add_edge(site.previous.node, site.node)
+        index = self.flow.index
+        components = [sorted(c, key=index.__getitem__) for c in nx.connected_components(links)]
+        chains: list[list[Site]] = []
+        for component in sorted(components, key=lambda c: index[c[0]]):
+            chain = [self.sites[n] for n in component]
+            if len(chain) == 1 and self.context.declarations is None:
+                self._demote(chain[0], Reason.CHAIN_OF_ONE)
+                continue
+            if self._describe_chain(chain, number=len(chains)):
+                chains.append(chain)
+            else:
+                for site in chain:
+                    self._demote(site, Reason.LAYOUT)
+        return chains
+
+    def _first_in_branch(self) -> set[Site]:
+        """Sites whose stream enters the branch of another site: there a new chain begins."""
+        inside: set[Site] = set()
+        for outer in self.sites.values():
+            for node in self.flow.region(outer.x, outer.branch):
+                site = self.sites.get(node)
+                state = site.x if site is not None else None
+                while site is not None and state is not None:
+                    if state is outer.x:
+                        inside.add(site)
+                    state = self.up.get(state)
+        return inside
+
+    def _describe_chain(self, chain: list[Site], number: int) -> bool:
+        """Fill in what a site knows of its chain; False if the channel axis gets lost."""
+        axes = [site.channel_in for site in chain]
+        common = max(dict.fromkeys(axes), key=axes.count)
+        linear = True
+        for site in chain:
+            between: list[fx.Node] = list(site.skip_path)
+            state = site.x
+            while site.previous is not None and state is not site.previous.node:
+                between.append(state)
+                state = self.up[state]
+            linear = linear and all(is_linear(n) for n in between)
+        for position, site in enumerate(chain):
+            site.chain = site.chain if site.chain >= 0 else number
+            site.position, site.linear = position, linear
+            if not layout.set_axes(site, self.up, common):
+                return False
+            site.reason = f"site {position + 1} of {len(chain)} in chain {site.chain}"
+        return True
+
+    def _mark_excluded(self) -> None:
+        options = self.context.options
+        for site in self.sites.values():
+            if self.context.declarations is not None:
+                site.excluded = not site.parameters
+                continue
+            included = any(fnmatchcase(site.name, p) for p in options.include)
+            excluded = any(fnmatchcase(site.name, p) for p in options.exclude)
+            site.excluded = excluded or not included
+
+    # --- what was declared must be there, whole -----------------------------------------------
+
+    def _check_declared(self, chains: list[list[Site]]) -> None:
+        if self.context.declarations is None:
+            return
+        found = {(s.owner_key.split("@")[0], s.branch_name) for s in self.sites.values()}
+        for owner, declared in self.context.declarations.items():
+            for entry in declared:
+                lost = self.context.broken_at or self._branch_runs(owner, entry.name)
+                if (owner, entry.name) not in found and lost:
+                    raise ChainBrokenError(self._lost_site(owner, entry))
+        self._check_whole(chains)
+
+    def _branch_runs(self, owner: str, name: str) -> bool:
+        """Whether the graph computes anything of a branch whose add was not found."""
+        return any(
+            stack_key.split("@")[0] == owner and _child_within(node, stack_key) == name
+            for node in self.flow.order
+            if kind_of(node) is Kind.MIXING
+            for stack_key, _ in stack_of(node)
+        )
+
+    def _lost_site(self, owner: str, entry: Declaration) -> str:
+        where = self.context.owners.get(owner, "")
+        broken = self.context.broken_at
+        cause = (
+            f"The capture was broken at {broken}; remove that graph break "
+            "(a print, a data-dependent branch, an unsupported call)."
+            if broken
+            else "Its forward may have taken another path than when the model was transformed; "
+            "call revert and transform again with example inputs that take this path."
+        )
+        return (
+            f"The residual add of branch '{entry.name}' of module '{where or '<root>'}' is "
+            f"declared but is not in the captured graph. {cause}"
+        )
+
+    def _check_whole(self, chains: list[list[Site]]) -> None:
+        """Every chain must lie in one graph: streams cannot cross a graph break."""
+        declared = {
+            d.chain: 0 for group in (self.context.declarations or {}).values() for d in group
+        }
+        ends: dict[int, tuple[bool, bool]] = {}
+        for site in self.sites.values():
+            entry = self._declaration_of(site)
+            assert entry is not None
+            first, last = ends.get(entry.chain, (False, False))
+            ends[entry.chain] = (first or entry.first, last or entry.last)
+        for number, (first, last) in ends.items():
+            home = number in self.context.homes and not self.context.broken_at
+            if not (first and last) and not home:
+                raise ChainBrokenError(self._part_of_chain(number))
+        pieces = [c[0].chain for c in chains]
+        for number in declared:
+            if pieces.count(number) > 1:
+                raise ChainBrokenError(
+                    self._split_chain([c for c in chains if c[0].chain == number])
+                )
+
+    def _part_of_chain(self, number: int) -> str:
+        sites = [s for s in self.sites.values() if s.chain == number]
+        broken = self.context.broken_at
+        where = f" The capture was broken at {broken}." if broken else ""
+        return (
+            f"A captured graph holds only a part of chain {number} "
+            f"({', '.join(s.name or s.location for s in sites[:4])}{', ...' if len(sites) > 4 else ''}):"
+            f" its streams would be collapsed in the middle.{where} Either the model has a graph "
+            "break between two of its residual adds (make that code traceable: no print, no "
+            ".item(), no random layer dropping in Python; torch._dynamo.explain shows the "
+            "breaks), or a module that owns a part of the chain was called by itself (call the "
+            "module that contains the whole chain)."
+        )
+
+    def _split_chain(self, parts: list[list[Site]]) -> str:
+        at = parts[1][0]
+        return (
+            f"The streams of chain {at.chain} do not reach the residual add '{at.name}' "
+            f"({at.location}): this call takes another path than the one that was transformed. "
+            "Call revert, then transform with example inputs that take this path."
+        )
+
+
+def is_reduction_of(flow: DataFlow, node: fx.Node, state: fx.Node) -> bool:
+    """Whether a node is a scalar made from a state by pointwise operations and full reductions."""
+    if len(shape_of(node)) or not isinstance(value_of(node), torch.Tensor):
+        return False
+    allowed = (Kind.POINTWISE, Kind.CAST, Kind.REDUCTION)
+    region = flow.region(state, [node])
+    dependent = [n for n in region if flow.depends(n, state)]
+    return all(kind_of(n) in allowed for n in dependent)
+
+
+def _is_add(node: fx.Node) -> bool:
+    return (
+        node.op in ("call_function", "call_method")
+        and op_name(node) in ("add", "iadd")
+        and len(node.args) == 2
+        and all(is_float_tensor(a) for a in node.args)
+        and is_float_tensor(node)
+        and len(shape_of(node)) > 0
+    )
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a node creates a tensor out of nothing but sizes."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = op_name(node)
+    created = name in ("zeros", "ones", "full", "empty", "zeros_like", "new_zeros", "new_ones")
+    return created or name == "new_full"
+
+
+def _child_within(node: fx.Node, owner_key: str) -> str:
+    """Path of the module called directly by the owner's forward, relative to the owner."""
+    calls = stack_of(node)
+    keys = [key for key, _ in calls]
+    if owner_key in keys:
+        position = keys.index(owner_key)
+        if position + 1 == len(calls):
+            return ""
+        owner, child = calls[position][1], calls[position + 1][1]
+    elif owner_key == "" and calls:
+        owner, child = "", calls[0][1]
+    else:
+        return ""
+    prefix = f"{owner}." if owner else ""
+    child = child[len(prefix) :] if child.startswith(prefix) else child.rsplit(".", 1)[-1]
+    return child.replace(".", "_").replace("[", "_").replace("]", "").replace("'", "")
+
+
+def _last_name(placeholder: fx.Node) -> str:
+    """``l_self_parameters_w_`` and ``l_self_modules_a_parameters_weight_`` -> w, weight."""
+    name = str(placeholder.target).rstrip("_")
+    return name.rsplit("parameters_", 1)[-1] or name
+
+
+def _in_control_flow(order: list[fx.Node]) -> list[Rejected]:
+    """Adds in the bodies of cond, scan and the like, where no stream can be followed."""
+    found = []
+    for node in order:
+        body = node.op == "get_attr" and node.graph.owning_module is not None
+        module = getattr(node.graph.owning_module, str(node.target), None) if body else None
+        if isinstance(module, fx.GraphModule):
+            found += [
+                Rejected(node, Reason.CONTROL_FLOW, branch_name=n.name, location=location_of(n))
+                for n in module.graph.nodes
+                if _is_add(n) and same_shape(n.args[0], n) and same_shape(n.args[1], n)  # type: ignore[arg-type]
+            ]
+    return found

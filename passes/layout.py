@@ -1,0 +1,116 @@
+"""Which axis of a stream holds the channels: the one that the branch's weights act on."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+
+from torch import fx
+
+from .dataflow import DataFlow
+from .operators import Kind, kind_of, op_name, shape_of
+from .sites import Site
+from .streamwise import streamwise_operands, transfer_axis
+
+__all__ = ["channel_axis", "set_axes"]
+
+_LAST = frozenset(
+    ["linear", "layer_norm", "rms_norm", "matmul", "mm", "bmm", "addmm", "native_layer_norm"]
+)
+_NORMS_OF_SECOND = frozenset(["batch_norm", "group_norm", "instance_norm", "native_group_norm"])
+_CONVOLUTIONS = {
+    **{f"conv{k}d": k for k in (1, 2, 3)},
+    **{f"conv_transpose{k}d": k for k in (1, 2, 3)},
+}
+
+
+def channel_axis(flow: DataFlow, site: Site) -> int:
+    """The axis (from the right) of x that the first weighted operations of F act on.
+
+    A linear layer and a LayerNorm act on the last axis, a convolution and a BatchNorm on the
+    second; the votes of all first encounters are counted, transposes in between followed back.
+    """
+    region = flow.region(site.x, site.branch)
+    votes: Counter[int] = Counter()
+    seen: set[fx.Node] = {site.x}
+    # A node with the map from its axes (from the right) to those of x.
+    pending = deque([(site.x, {-i: -i for i in range(1, len(shape_of(site.x)) + 1)})])
+    while pending:
+        node, axes = pending.popleft()
+        for reader in flow.readers(node):
+            if reader not in region or reader in seen:
+                continue
+            revealed = _revealed_axis(reader, node)
+            if revealed is not None:
+                if axes.get(revealed) is not None:
+                    votes[axes[revealed]] += 2 if kind_of(reader) is Kind.NORM else 1
+                if kind_of(reader) is not Kind.NORM:
+                    continue
+            follow = _followed(reader, node, axes)
+            if follow is not None:
+                seen.add(reader)
+                pending.append((reader, follow))
+    if not votes:
+        return -1
+    best = max(votes.values())
+    return max(axis for axis, count in votes.items() if count == best)
+
+
+def _revealed_axis(reader: fx.Node, node: fx.Node) -> int | None:
+    name, rank = op_name(reader), len(shape_of(node))
+    if not reader.args or reader.args[0] is not node:
+        return None
+    if name in _LAST:
+        return -1
+    if name in _NORMS_OF_SECOND:
+        return 1 - rank
+    if name in _CONVOLUTIONS or name == "convolution":
+        spatial = _CONVOLUTIONS.get(name, rank - 2)
+        return -1 - spatial
+    return None
+
+
+def _followed(reader: fx.Node, node: fx.Node, axes: dict[int, int]) -> dict[int, int] | None:
+    """The map of axes behind an operation that neither mixes nor reduces."""
+    if kind_of(reader) is Kind.NORM:
+        return axes
+    if kind_of(reader) is Kind.POINTWISE:
+        same_rank = len(shape_of(reader)) == len(shape_of(node))
+        return axes if same_rank else None
+    if node not in streamwise_operands(reader):
+        return None
+    moved = {}
+    for axis, origin in axes.items():
+        new = transfer_axis(reader, node, axis)
+        if new is not None:
+            moved[new] = origin
+    return moved
+
+
+def set_axes(site: Site, up: dict[fx.Node, fx.Node], common: int) -> bool:
+    """Set a site's channel axes and width, following the chain; False if the axis gets lost.
+
+    A chain has one channel axis: the first site's is ``common`` (the vote of the chain), and
+    each later one inherits it through the stream-wise operations in between.
+    """
+    axis: int | None = common
+    path: list[fx.Node] = []
+    if site.previous is not None:
+        axis, node = site.previous.channel, site.x
+        while node is not site.previous.node:
+            path.append(node)
+            node = up[node]
+    for node in reversed(path):
+        axis = None if axis is None else transfer_axis(node, up[node], axis)
+    if axis is None or -axis > len(shape_of(site.x)):
+        return False
+    site.channel_in = axis
+    for node in reversed(site.skip_path):
+        axis = None if axis is None else transfer_axis(node, up[node], axis)
+    if axis is None:
+        return False
+    site.channel = axis
+    widths = shape_of(site.x)[site.channel_in], shape_of(site.node)[site.channel]
+    if not isinstance(widths[0], int) or widths[0] != widths[1]:
+        return False
+    site.width = widths[0]
+    return True

@@ -1,0 +1,48 @@
+"""The passes on a captured graph, in order, each with what must hold behind it."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from .canonicalize import canonicalize
+from .context import Context
+from .detect import detect
+from .lower import lower
+from .operators import op_name
+from .runner import Pass
+from .widen import branch_input, widen
+
+__all__ = ["EXAMINE", "PIPELINE"]
+
+
+def _bodies_are_inlined(gm: fx.GraphModule, context: Context) -> list[str]:
+    left = [n.name for n in gm.graph.nodes if op_name(n) == "tag_activation_checkpoint"]
+    return [f"checkpointed bodies left: {left}"] if left else []
+
+
+def _sites_are_consistent(gm: fx.GraphModule, context: Context) -> list[str]:
+    found = context.detection
+    if found is None:
+        return ["no detection"]
+    both = {s.node for s in found.sites} & {r.node for r in found.rejected}
+    names = [s.name for s in found.sites]
+    problems = [f"both accepted and rejected: {n.name}" for n in both]
+    if len(set(names)) != len(names):
+        problems.append("two sites have one name")
+    return problems
+
+
+def _streams_are_closed(gm: fx.GraphModule, context: Context) -> list[str]:
+    """Every output has the shape it had, and no marker is left."""
+    return [f"{n.name} is left" for n in gm.graph.nodes if n.target is branch_input]
+
+
+PIPELINE = (
+    Pass("canonicalize", canonicalize, _bodies_are_inlined),
+    Pass("detect", detect, _sites_are_consistent),
+    Pass("widen", widen, _streams_are_closed),
+    Pass("lower", lower),
+)
+
+# What `transform` and `explain` need: the sites, no rewrite.
+EXAMINE = PIPELINE[:2]

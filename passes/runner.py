@@ -1,0 +1,106 @@
+"""The one doorway through which every pass goes: named, timed, linted, remembered."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from .context import Context, PassResult
+from .errors import MhcError
+
+__all__ = ["HistoryEntry", "Pass", "run_pipeline"]
+
+log = logging.getLogger("mhc_compile.passes")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A step of the pipeline.
+
+    Attributes:
+        name: by which it is reported and disabled.
+        run: ``(gm, context) -> PassResult``.
+        ensures: the pass's postcondition; a list of violations, empty when it holds.
+    """
+
+    name: str
+    run: Callable[[fx.GraphModule, Context], PassResult]
+    ensures: Callable[[fx.GraphModule, Context], list[str]] = lambda gm, context: []
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """One version of the graph, signed by the pass that made it.
+
+    Attributes:
+        name: the pass (``capture`` for the graph as it came).
+        milliseconds: what the pass took.
+        notes: what it did, in words.
+        changed: whether the graph differs from the version before.
+        code: the graph as Python.
+    """
+
+    name: str
+    milliseconds: float
+    notes: Sequence[str] = field(default_factory=tuple)
+    changed: bool = True
+    code: str = ""
+
+    def __str__(self) -> str:
+        return f"# {self.name} ({self.milliseconds:.1f} ms): {'; '.join(self.notes)}\n{self.code}"
+
+
+def run_pipeline(
+    gm: fx.GraphModule,
+    context: Context,
+    passes: Iterable[Pass],
+    *,
+    disabled: Sequence[str] = (),
+) -> tuple[fx.GraphModule, list[HistoryEntry]]:
+    """Run the passes in order on a graph that may be changed.
+
+    Returns:
+        The resulting graph module and the history, the captured graph first.
+
+    Raises:
+        MhcError: from a pass, unchanged, where the user can do something about it.
+        RuntimeError: a pass failed or broke its postcondition; says which, and after which.
+    """
+    history = [HistoryEntry("capture", 0.0, ("as captured",), code=gm.code)]
+    for step in passes:
+        if step.name in disabled:
+            history.append(HistoryEntry(step.name, 0.0, ("disabled",), changed=False, code=gm.code))
+            continue
+        gm, entry = _run_one(step, gm, context, history)
+        history.append(entry)
+        log.info("%s: %.1f ms, %s", entry.name, entry.milliseconds, "; ".join(entry.notes))
+        log.debug("%s", entry)
+    return gm, history
+
+
+def _run_one(
+    step: Pass, gm: fx.GraphModule, context: Context, history: Sequence[HistoryEntry]
+) -> tuple[fx.GraphModule, HistoryEntry]:
+    done = ", ".join(e.name for e in history)
+    start = time.perf_counter()
+    try:
+        result = step.run(gm, context)
+        if result.changed:
+            result.gm.graph.lint()
+            result.gm.recompile()
+        violations = step.ensures(result.gm, context)
+    except MhcError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"pass '{step.name}' failed (after {done}): {error}") from error
+    if violations:
+        raise RuntimeError(
+            f"pass '{step.name}' broke its postcondition (after {done}): {'; '.join(violations)}"
+        )
+    elapsed = (time.perf_counter() - start) * 1e3
+    notes = tuple(result.notes) or ("nothing to do",)
+    return result.gm, HistoryEntry(step.name, elapsed, notes, result.changed, result.gm.code)

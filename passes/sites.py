@@ -1,0 +1,140 @@
+"""The findings of ``detect``: residual adds, taken or not, each with its reason."""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass, field
+
+from torch import fx
+
+__all__ = ["Detection", "Reason", "Rejected", "Site", "location_of", "stack_of"]
+
+
+class Reason(enum.StrEnum):
+    """Why an add of two floating-point tensors is not rewritten."""
+
+    BROADCAST = "the operands have different shapes"
+    INDEPENDENT = "neither operand is computed from the other"
+    POINTWISE_BRANCH = "the branch mixes neither channels nor tokens"
+    GATED_SKIP = "the skip is scaled by a gate that depends on the stream"
+    PROJECTED_SKIP = "the skip passes through an operation that mixes channels or tokens"
+    SUM_OF_STATES = "both operands are states of one stream"
+    RECURRENT_STATE = "a recurrent state: it starts at a constant and no weight acts on it"
+    PART_OF_SITE = "one of several adds of the same site"
+    SHARED_BRANCH = "the branch shares its input with the branch of another site"
+    CHAIN_OF_ONE = "the only site of its chain: its streams would be equal and averaged at once"
+    CONTROL_FLOW = "inside the body of a control-flow operator"
+    LAYOUT = "the channel axis is lost on the way to the next site"
+    UNDECLARED = "not a site when the model was transformed"
+    EXCLUDED = "excluded by the configuration"
+
+
+@dataclass(eq=False)
+class Site:
+    """A residual add ``z = skip(x) + F(x)`` that becomes an n-stream connection.
+
+    Attributes:
+        node: z, the outermost add of the site's sum.
+        x: the stream state that the branch reads.
+        skip: the term of the sum that carries the stream; ``skip_path`` leads from it back
+            to x through stream-wise operations (empty when the skip is x itself).
+        branch: the other terms, in the order of the graph.
+        adds: every add node of the sum, z last.
+        previous: the site whose sum is the state that x comes from, if any.
+        owner: path of the module whose forward contains the add ("" for the root).
+        branch_name: the branch's name within its owner.
+        channel_in, channel: position of the channel axis in x and in z, from the right.
+        width: C, the size of that axis.
+        chain, position: number of the chain and the site's place in it.
+        linear: whether only linear stream-wise operations stand on the chain.
+        excluded: whether the configuration leaves this add a plain residual.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    skip: fx.Node
+    skip_path: list[fx.Node]
+    branch: list[fx.Node]
+    adds: list[fx.Node]
+    previous: Site | None = None
+    owner: str = ""
+    owner_key: str = ""
+    branch_name: str = ""
+    channel_in: int = -1
+    channel: int = -1
+    width: int = 0
+    chain: int = -1
+    position: int = 0
+    linear: bool = True
+    excluded: bool = False
+    reason: str = ""
+    location: str = ""
+    parameters: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.owner}.{self.branch_name}" if self.owner else self.branch_name
+
+
+@dataclass(eq=False)
+class Rejected:
+    """An add that looks residual and is left alone."""
+
+    node: fx.Node
+    reason: Reason
+    owner: str = ""
+    branch_name: str = ""
+    location: str = ""
+    width: int = 0
+    chain: int = -1
+    detail: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.owner}.{self.branch_name}" if self.owner else self.branch_name
+
+
+@dataclass
+class Detection:
+    """Every residual-looking add of one graph.
+
+    Attributes:
+        sites: accepted, in the order of the graph.
+        rejected: the others.
+        chains: the sites of each chain, in order.
+        streamwise: from a node to the operand whose streams it acts on one by one.
+    """
+
+    sites: list[Site]
+    rejected: list[Rejected]
+    chains: list[list[Site]]
+    streamwise: dict[fx.Node, fx.Node]
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+
+
+def location_of(node: fx.Node) -> str:
+    """``file:line`` of the user's code that computes a node, "" where there is no trace."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+
+
+_GETATTR = re.compile(r"getattr\((.+?), ['\"]([^'\"]+)['\"]\)")
+_ROOT = re.compile(r"^[LG]\['[^']*'\]\.?")
+
+
+def stack_of(node: fx.Node) -> list[tuple[str, str]]:
+    """The module calls around a node, outermost first: (key of the call, path of the module).
+
+    The path is written from the root of the capture: ``L['self'].layers.0`` -> ``layers.0``.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    calls = []
+    for key, (path, *_) in stack.items():
+        path = str(path)
+        while match := _GETATTR.search(path):
+            path = path[: match.start()] + f"{match[1]}.{match[2]}" + path[match.end() :]
+        calls.append((str(key), _ROOT.sub("", path)))
+    return calls

@@ -1,0 +1,220 @@
+"""Stream-wise operations: which they are, and how they act on n streams at once.
+
+A state of one stream has the shape ``[..., C, ...]`` that the model gave it; n streams are held
+as ``[..., n, C]`` (channels last). An operation is applied in the *front layout*
+``[n, ..., C, ...]``: there every operand that broadcast against one stream (a scale ``[C]``, a
+mask ``[B, 1, 1]``) broadcasts against n of them unchanged, and a norm over the last axis is the
+same norm. Operations on the last axis alone skip that change of layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .operators import Kind, is_float_tensor, kind_of, op_name, same_shape, shape_of, value_of
+
+__all__ = ["apply_streamwise", "is_linear", "streamwise_operands"]
+
+_RESHAPES = frozenset(["view", "reshape", "flatten", "unflatten", "_unsafe_view"])
+_PERMUTES = frozenset(["transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t"])
+_RESIZES = frozenset(["squeeze", "unsqueeze"])
+_ROW_NORMS = frozenset(["layer_norm", "rms_norm"])
+_LINEAR = frozenset(
+    [
+        "contiguous",
+        "clone",
+        "detach",
+        "positive",
+        "pos",
+        "identity",
+        "mul",
+        "multiply",
+        "div",
+        "divide",
+        "truediv",
+        "true_divide",
+        "neg",
+        "negative",
+        "add",
+        "sub",
+        "subtract",
+    ]
+)
+
+
+def streamwise_operands(node: fx.Node) -> list[fx.Node]:
+    """The operands whose streams a node could act on one by one, by its operation alone."""
+    kind, name = kind_of(node), op_name(node)
+    first = node.args[0] if node.args else None
+    if kind is Kind.POINTWISE:
+        floats = [a for a in node.args if is_float_tensor(a)]
+        return [a for a in dict.fromkeys(floats) if same_shape(a, node)]  # type: ignore[arg-type]
+    if not is_float_tensor(first):
+        return []
+    assert isinstance(first, fx.Node)
+    if kind is Kind.CAST or kind is Kind.DROPOUT:
+        return [first]
+    if kind is Kind.NORM:
+        return [first] if name in _ROW_NORMS or name == "group_norm" else []
+    if name in _PERMUTES or name in _RESIZES:
+        return [first]
+    keeps_rows = str(shape_of(first)[-1:]) == str(shape_of(node)[-1:])
+    retyped = any(isinstance(a, torch.dtype) for a in node.args)
+    return [first] if name in _RESHAPES and keeps_rows and not retyped else []
+
+
+def is_linear(node: fx.Node) -> bool:
+    """Whether a stream-wise operation commutes with mixing the streams."""
+    return kind_of(node) in (Kind.CAST, Kind.DROPOUT, Kind.VIEW) or op_name(node) in _LINEAR
+
+
+def transfer_axis(node: fx.Node, operand: fx.Node, axis: int) -> int | None:
+    """Where a stream-wise operation takes the channel axis (from the right); None if lost."""
+    name, rank = op_name(node), len(shape_of(operand))
+    if name in _RESHAPES:
+        return -1 if axis == -1 else None
+    if name in _PERMUTES:
+        return _permutation(node, rank).index(axis % rank) - rank
+    if name == "unsqueeze":
+        new = _dims(node)[0] % (rank + 1)
+        return axis - 1 if new > axis % rank else axis
+    if name == "squeeze":
+        gone = [d % rank for d in _dims(node)] or list(range(rank))
+        sizes = shape_of(operand)
+        dropped = [d for d in gone if str(sizes[d]) == "1"]
+        if axis % rank in dropped:
+            return None
+        return axis + sum(d > axis % rank for d in dropped)
+    return axis
+
+
+def apply_streamwise(
+    node: fx.Node, operand: fx.Node, streams: fx.Proxy, axis: int, n: int
+) -> fx.Proxy:
+    """Write a stream-wise operation on n streams into the graph.
+
+    Args:
+        node: the operation on one stream.
+        operand: its argument that carries the stream.
+        streams: the operand's streams ``[..., n, C]``.
+        axis: position of the channel axis in the operand, from the right.
+        n: number of streams.
+
+    Returns:
+        The result's streams ``[..., n, C]``.
+    """
+    if _acts_on_rows(node, operand, axis):
+        return _substitute(node, operand, streams)
+    front = to_front(streams, axis)
+    name = op_name(node)
+    new_axis = transfer_axis(node, operand, axis)
+    assert new_axis is not None
+    if kind_of(node) is Kind.DROPOUT:
+        # One mask, drawn as the plain model draws it, shared by all streams.
+        one = torch.ones_like(front[0], memory_format=torch.contiguous_format)
+        result = front * _substitute(node, operand, one)
+    elif name in _RESHAPES or name in _PERMUTES or name in _RESIZES:
+        result = _moved(node, operand, front, n)
+    elif kind_of(node) is Kind.NORM and not _norms_rows(node):
+        result = torch.stack([_substitute(node, operand, front[i]) for i in range(n)])
+    else:
+        result = _substitute(node, operand, front)
+    return from_front(result, new_axis)
+
+
+def to_front(streams: fx.Proxy, axis: int) -> fx.Proxy:
+    """``[..., n, C]`` -> ``[n, ..., C, ...]`` with the channels at ``axis`` from the right."""
+    front = torch.movedim(streams, -2, 0)
+    return front if axis == -1 else torch.movedim(front, -1, axis)
+
+
+def from_front(front: fx.Proxy, axis: int) -> fx.Proxy:
+    """The inverse of ``to_front``."""
+    streams = front if axis == -1 else torch.movedim(front, axis, -1)
+    return torch.movedim(streams, 0, -2)
+
+
+def _acts_on_rows(node: fx.Node, operand: fx.Node, axis: int) -> bool:
+    """Whether an operation may act on ``[..., n, C]`` as it is."""
+    kind = kind_of(node)
+    if kind is Kind.CAST:
+        return True
+    if axis != -1 or kind not in (Kind.POINTWISE, Kind.NORM):
+        return False
+    if kind is Kind.NORM:
+        return _norms_rows(node)
+    others = [n for n in node.all_input_nodes if n is not operand]
+    return all(isinstance(value_of(n), torch.Tensor) and len(shape_of(n)) <= 1 for n in others)
+
+
+def _norms_rows(node: fx.Node) -> bool:
+    """Whether a norm acts on the last axis alone."""
+    shape = node.args[1] if len(node.args) > 1 else node.kwargs.get("normalized_shape")
+    is_row = isinstance(shape, int) or (isinstance(shape, (tuple, list)) and len(shape) == 1)
+    return op_name(node) in _ROW_NORMS and is_row
+
+
+def _substitute(node: fx.Node, operand: fx.Node, value: fx.Proxy) -> fx.Proxy:
+    """The same operation on another operand."""
+
+    def swap(n: fx.Node) -> fx.Node:
+        return value.node if n is operand else n
+
+    args, kwargs = fx.map_arg(node.args, swap), fx.map_arg(node.kwargs, swap)
+    made = value.node.graph.create_node(node.op, node.target, args, kwargs)
+    return fx.Proxy(made, value.tracer)
+
+
+def _moved(node: fx.Node, operand: fx.Node, front: fx.Proxy, n: int) -> fx.Proxy:
+    """A view of one stream as a view of the front layout."""
+    name, rank = op_name(node), len(shape_of(operand))
+    if name in _PERMUTES:
+        return front.permute(0, *(d + 1 for d in _permutation(node, rank)))
+    if name == "unsqueeze":
+        return front.unsqueeze(_dims(node)[0] % (rank + 1) + 1)
+    if name == "squeeze":
+        dims = [d % rank for d in _dims(node)] or range(rank)
+        gone = [d + 1 for d in dims if str(shape_of(operand)[d]) == "1"]
+        return front.squeeze(tuple(gone))
+    if name == "flatten":
+        first, last = ([*_dims(node), *((0, -1)[len(_dims(node)) :])])[:2]
+        return front.flatten(first % rank + 1, last % rank + 1)
+    if name == "unflatten":
+        dim = _dims(node)[0] % rank
+        sizes = node.args[2] if len(node.args) > 2 else node.kwargs["sizes"]
+        return front.unflatten(dim + 1, sizes)
+    sizes = node.kwargs.get("shape", node.kwargs.get("size", node.args[1:]))
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):  # type: ignore[arg-type,index]
+        sizes = sizes[0]  # type: ignore[index]
+    sizes = fx.map_arg(sizes, lambda s: fx.Proxy(s, front.tracer))
+    return front.reshape(n, *sizes)
+
+
+def _dims(node: fx.Node) -> list[int]:
+    """The integer dimensions among an operation's arguments, in order."""
+    named = ("dim", "start_dim", "end_dim", "dim0", "dim1")
+    found: list[Any] = [*node.args[1:], *(node.kwargs[k] for k in named if k in node.kwargs)]
+    flat = [d for f in found for d in (f if isinstance(f, (tuple, list)) else [f])]
+    if op_name(node) == "unflatten":
+        flat = flat[:1]
+    return [d for d in flat if isinstance(d, int)]
+
+
+def _permutation(node: fx.Node, rank: int) -> list[int]:
+    """The order of input dimensions in a permutation's output."""
+    name = op_name(node)
+    order = list(range(rank))
+    if name == "permute":
+        dims = node.kwargs.get("dims") or node.args[1:]
+        if len(dims) == 1 and isinstance(dims[0], (tuple, list)):  # type: ignore[arg-type,index]
+            dims = dims[0]  # type: ignore[index]
+        return [d % rank for d in dims]  # type: ignore[union-attr,operator]
+    if name in ("movedim", "moveaxis"):
+        labelled = torch.empty(*range(2, rank + 2), device="meta")
+        return [size - 2 for size in torch.movedim(labelled, *node.args[1:3]).shape]  # type: ignore[call-overload]
+    first, second = (0, 1) if name == "t" else _dims(node)[:2]
+    order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
+    return order

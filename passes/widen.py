@@ -1,0 +1,331 @@
+"""widen: every chain of residual adds becomes a chain of n-stream connections, in the open.
+
+    before                        after
+    z = x + F(norm(x))            X = expand(x)                                      # [..., n, C]
+                                  H_pre, H_post, H_res = coefficients(X, phi, alpha, b)
+                                  h = H_pre X
+                                  X' = H_res X + H_post^T F(norm(h))     (P eq. 1)
+    logits = head(z)              z = readout(X');  logits = head(z)
+
+The n-stream mathematics is written into the graph by calling ``kernels.reference`` on proxies,
+so the graph says literally what the oracle says (arXiv:2512.24880, eq. 14-19).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import fx
+
+from ..kernels import reference
+from .autocast import enter_autocast_off, exit_autocast
+from .context import Context, PassResult
+from .dataflow import DataFlow
+from .detect import is_reduction_of
+from .fake import set_example_value
+from .operators import Kind, holds_tensor, kind_of, op_name, value_of
+from .sites import Detection, Site
+from .streamwise import apply_streamwise, transfer_axis
+
+__all__ = ["widen"]
+
+
+def widen(gm: fx.GraphModule, context: Context) -> PassResult:
+    """Rewrite every accepted site; ``context.detection`` must describe this graph."""
+    detection = context.detection
+    if detection is None or not detection.sites:
+        return PassResult(gm, changed=False, notes=["no sites in this graph"])
+    _Widener(gm.graph, detection, context).run()
+    gm.graph.eliminate_dead_code()
+    streams = f"{len(detection.chains)} chains of {context.options.n} streams"
+    return PassResult(gm, changed=True, notes=[f"{len(detection.sites)} sites widened, {streams}"])
+
+
+def branch_input(x: torch.Tensor) -> torch.Tensor:
+    """Stands for the input of a branch until H_pre X takes its place."""
+    return x
+
+
+class _Widener:
+    def __init__(self, graph: fx.Graph, detection: Detection, context: Context) -> None:
+        self.graph = graph
+        self.sites = detection.sites
+        self.options = context.options
+        self.tracer = fx.proxy.GraphAppendingTracer(graph)
+        self.flow = DataFlow(graph)
+        self.autocast = _autocast_regions(graph, context.autocast)
+        self.site_at = {site.node: site for site in detection.sites}
+        self.regions = {s: self.flow.region(s.x, s.branch) for s in detection.sites}
+        self.heads = {c[0].chain: c[-1].parameters[3:] for c in detection.chains}
+        # Stream-wise steps on the chains: from a state to the state that it is made from.
+        self.steps = _steps(detection)
+        self.branch_inputs: dict[fx.Node, Site] = {}  # a marker -> the site whose branch begins
+        self.inputs: dict[fx.Node, fx.Node] = {}  # a marker -> h
+        self.streams: dict[fx.Node, fx.Node] = {}  # a state -> its n streams [..., n, C]
+        self.origin: dict[fx.Node, tuple[Site, int]] = {}  # a state -> a site, its channel axis
+        self.coefficients: dict[Site, tuple[fx.Proxy, fx.Proxy, fx.Proxy]] = {}
+        self.starts: set[fx.Node] = set()
+
+    def run(self) -> None:
+        # Outer branches first: a chain inside a branch begins at that branch's input.
+        for site in sorted(self.sites, key=lambda s: -self.flow.index[s.node]):
+            self._mark_branch(site)
+        for node in list(self.graph.nodes):
+            if node in self.branch_inputs:
+                self._open_site(node, self.branch_inputs[node])
+            elif node in self.site_at:
+                self._close_site(self.site_at[node])
+            elif node in self.steps:
+                self._step(node, self.steps[node])
+        self._read_out_everywhere()
+
+    # --- where a branch begins ----------------------------------------------------------------
+
+    def _mark_branch(self, site: Site) -> None:
+        """Put a marker between x and the operations of F that read it."""
+        region = self.regions[site]
+        with self.graph.inserting_after(_last_input(self.graph, site.x)):
+            mark = self.graph.call_function(branch_input, (site.x,))
+        mark.meta = dict(site.x.meta)
+        for user in list(site.x.users):
+            if user in region and user not in site.skip_path:
+                user.replace_input_with(site.x, mark)
+        self.branch_inputs[mark] = site
+        for inner in self.sites:
+            if inner is not site and inner.x is site.x and inner.node in region:
+                _begin_at(inner, mark, self.steps)
+        site.branch = [mark if term is site.x else term for term in site.branch]
+
+    # --- one site: open where x is known, close where F is ------------------------------------
+
+    def _open_site(self, mark: fx.Node, site: Site) -> None:
+        """Coefficients and the branch's input: everything that needs X and not F."""
+        dtype = _dtype(site.x)
+        with self._writing(before=mark, like=site.node):
+            streams = fx.Proxy(self._streams_at_start(site), self.tracer)
+            if site.excluded:
+                h = reference.readout(streams, "mean", dtype=dtype, compute_dtype=_exact(dtype))
+            else:
+                compute = _dtype(site.parameters[0])
+                phi, alpha, bias = (fx.Proxy(p, self.tracer) for p in site.parameters[:3])
+                self.coefficients[site] = coefficients = reference.coefficients(
+                    streams,
+                    phi,
+                    alpha,
+                    bias,
+                    variant=self.options.variant,
+                    n=self.options.n,
+                    width=site.width,
+                    eps=self.options.eps,
+                    compute_dtype=compute,
+                )
+                h = reference.pre(coefficients[0], streams, dtype=dtype, compute_dtype=compute)
+            if site.channel_in != -1:
+                h = torch.movedim(h, -1, site.channel_in)
+        mark.replace_all_uses_with(h.node)
+        self.inputs[mark] = h.node
+        self.graph.erase_node(mark)
+
+    def _streams_at_start(self, site: Site) -> fx.Node:
+        """The streams of x: those of the chain so far, or the first of a chain."""
+        if site.x not in self.streams:
+            x = self.inputs.get(site.x, site.x)
+            single = fx.Proxy(x, self.tracer)
+            if site.channel_in != -1:
+                single = torch.movedim(single, site.channel_in, -1)
+            streams = reference.expand(single, self.options.n)
+            if self.options.stream_dtype is not None:
+                streams = streams.to(self.options.stream_dtype)
+            self._set_streams(site.x, streams, site, site.channel_in)
+            self.starts.add(site.x)
+        return self.streams[site.x]
+
+    def _close_site(self, site: Site) -> None:
+        """X' = H_res X + H_post^T F(h), in place of the sum."""
+        dtype = self.options.stream_dtype or _dtype(site.node)
+        with self._writing(before=site.node, like=site.node):
+            terms = [fx.Proxy(self.inputs.get(t, t), self.tracer) for t in site.branch]
+            f = terms[0]
+            for term in terms[1:]:
+                f = operator.add(f, term)
+            if site.channel != -1:
+                f = torch.movedim(f, site.channel, -1)
+            streams = fx.Proxy(self.streams[site.skip], self.tracer)
+            if site.excluded:
+                result = (streams + f.unsqueeze(-2)).to(dtype)
+            else:
+                _, h_post, h_res = self.coefficients[site]
+                compute = _dtype(site.parameters[0])
+                result = reference.post_res(
+                    h_res, h_post, streams, f, dtype=dtype, compute_dtype=compute
+                )
+        self._set_streams(site.node, result, site, site.channel)
+
+    def _step(self, node: fx.Node, operand: fx.Node) -> None:
+        """A stream-wise operation between two sites, or on a skip, on every stream."""
+        site, axis = self.origin[operand]
+        new_axis = transfer_axis(node, operand, axis)
+        assert new_axis is not None
+        self._widen_reductions(node, operand)
+        with self._writing(before=node, like=node, as_is=True):
+            streams = fx.Proxy(self.streams[operand], self.tracer)
+            physical = self.inputs.get(operand, operand)
+            if self.options.stream_dtype is not None:
+                streams = streams.to(_dtype(operand))
+            result = apply_streamwise(node, physical, streams, axis, self.options.n)
+            if self.options.stream_dtype is not None:
+                result = result.to(self.options.stream_dtype)
+        self._set_streams(node, result, site, new_axis)
+
+    def _widen_reductions(self, node: fx.Node, operand: fx.Node) -> None:
+        """Scalars such as ``isinf(x).any()`` are computed once, over all streams."""
+        for scalar in node.all_input_nodes:
+            if scalar is operand or not is_reduction_of(self.flow, scalar, operand):
+                continue
+            region = self.flow.region(operand, [scalar])
+            for user in list(operand.users):
+                if user in region:
+                    user.replace_input_with(operand, self.streams[operand])
+                    user.meta.pop("example_value", None)
+
+    def _set_streams(self, state: fx.Node, streams: fx.Proxy, site: Site, axis: int) -> None:
+        self.streams[state] = streams.node
+        self.origin[state] = (site, axis)
+
+    # --- where a chain is read ----------------------------------------------------------------
+
+    def _read_out_everywhere(self) -> None:
+        """Give every reader outside the branches the state of one stream, then drop the rest."""
+        gone = {node for site in self.sites for node in site.adds} | set(self.steps)
+        for state in [s for s in self.streams if s not in self.starts]:
+            readers = [u for u in state.users if u not in gone]
+            sizes = [u for u in readers if kind_of(u) is Kind.SHAPE and not holds_tensor(u)]
+            site = self.origin[state][0]
+            if state is site.node:  # F has the shape of z: sizes need no readout
+                term = self.inputs.get(site.branch[0], site.branch[0])
+                for user in sizes:
+                    user.replace_input_with(state, term)
+                readers = [u for u in readers if u not in sizes]
+            if readers:
+                single = self._read_out(state)
+                for user in readers:
+                    user.replace_input_with(state, single)
+        for node in reversed(list(self.graph.nodes)):
+            if node in gone and not node.users:
+                self.graph.erase_node(node)
+
+    def _read_out(self, state: fx.Node) -> fx.Node:
+        site, axis = self.origin[state]
+        dtype = _dtype(state)
+        with self._writing(before=state, like=state):
+            streams = fx.Proxy(self.streams[state], self.tracer)
+            if self.options.readout == "head":
+                phi, alpha, bias = (fx.Proxy(p, self.tracer) for p in self.heads[site.chain])
+                single = reference.head_readout(
+                    streams,
+                    phi,
+                    alpha,
+                    bias,
+                    n=self.options.n,
+                    width=site.width,
+                    eps=self.options.eps,
+                    dtype=dtype,
+                    compute_dtype=_dtype(phi.node),
+                )
+            else:
+                single = reference.readout(
+                    streams, self.options.readout, dtype=dtype, compute_dtype=_exact(dtype)
+                )
+            if axis != -1:
+                single = torch.movedim(single, -1, axis)
+        return single.node
+
+    # --- writing nodes --------------------------------------------------------------------------
+
+    @contextmanager
+    def _writing(self, *, before: fx.Node, like: fx.Node, as_is: bool = False) -> Iterator[None]:
+        """Nodes written inside stand before a node, with the origin and recompute tags of another.
+
+        Under autocast the coefficients would lose their precision: it is turned off around
+        everything but the model's own operations (``as_is``).
+        """
+        previous = before.prev
+        devices = () if as_is else self.autocast.get(like, ())
+        with self.graph.inserting_before(before):
+            modes = [self.graph.call_function(enter_autocast_off, (d,)) for d in devices]
+            yield
+            for mode in reversed(modes):
+                self.graph.call_function(exit_autocast, (mode,))
+        inherited = (
+            "nn_module_stack",
+            "stack_trace",
+            "source_fn_stack",
+            "recompute",
+            "ac_graph_id",
+        )
+        node = previous.next
+        while node is not before:
+            node.meta.update({k: like.meta[k] for k in inherited if k in like.meta})
+            set_example_value(node)
+            node = node.next
+
+
+def _steps(detection: Detection) -> dict[fx.Node, fx.Node]:
+    """The stream-wise operations between the sites of the chains and on their skips."""
+    steps: dict[fx.Node, fx.Node] = {}
+    for site in detection.sites:
+        for node in site.skip_path:
+            steps[node] = detection.streamwise[node]
+        state = site.x
+        while site.previous is not None and state is not site.previous.node:
+            steps[state] = detection.streamwise[state]
+            state = detection.streamwise[state]
+    return steps
+
+
+def _begin_at(site: Site, mark: fx.Node, steps: dict[fx.Node, fx.Node]) -> None:
+    """A chain inside a branch begins at the branch's input."""
+    for node in site.skip_path:
+        if steps[node] is site.x:
+            steps[node] = mark
+    site.skip = mark if site.skip is site.x else site.skip
+    site.branch = [mark if term is site.x else term for term in site.branch]
+    site.x = mark
+
+
+def _last_input(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The node itself or, for an input, the last of all inputs."""
+    if node.op != "placeholder":
+        return node
+    return [n for n in graph.nodes if n.op == "placeholder"][-1]
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    value = value_of(node)
+    assert isinstance(value, torch.Tensor)
+    return value.dtype
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over streams accumulate."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _autocast_regions(graph: fx.Graph, around: frozenset[str]) -> dict[fx.Node, tuple[str, ...]]:
+    """For every node the device types for which autocast is on."""
+    active = [dict.fromkeys(around, True)]
+    entered: dict[fx.Node, int] = {}
+    regions: dict[fx.Node, tuple[str, ...]] = {}
+    for node in graph.nodes:
+        name = op_name(node)
+        if name == "_enter_autocast":
+            device, enabled = str(node.args[0]), bool(node.args[2])
+            entered[node] = len(active)
+            active.append({**active[-1], device: enabled})
+        elif name == "_exit_autocast":
+            del active[entered[node.args[0]] :]  # type: ignore[index]
+        regions[node] = tuple(sorted(d for d, on in active[-1].items() if on))
+    return regions

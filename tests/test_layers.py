@@ -1,0 +1,170 @@
+"""The three floors: imports only go down, private torch names have one place, links hold."""
+
+import ast
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = ("mhc_compile", "passes", "kernels")
+THIRD_PARTY = {
+    "kernels": {"torch", "triton"},
+    "passes": {"torch", "networkx", "sympy"},
+    "mhc_compile": {
+        *("torch", "triton", "networkx", "sympy", "numpy", "rich", "typer", "safetensors"),
+        *("transformers",),
+    },
+}
+# What a floor must not know, although torch carries it.
+FORBIDDEN = {
+    "kernels": ("torch.nn.modules", "torch.fx", "torch._dynamo", "torch._inductor"),
+    "passes": ("torch.nn.modules", "torch._dynamo", "torch._inductor", "triton"),
+    "mhc_compile": (),
+}
+PRIVATE_NAMES_ALLOWED = ("mhc_compile/_torch.py",)
+
+
+def sources(floor: str) -> list[Path]:
+    # Not through the links: each file once, under the folder where it lies.
+    files = sorted((ROOT / floor).rglob("*.py"))
+    links = [ROOT / "mhc_compile" / name for name in ("passes", "kernels")]
+    return [file for file in files if not any(link in file.parents for link in links)]
+
+
+def package_of(floor: str, file: Path) -> list[str]:
+    """Dotted path of the package that a file belongs to, as it is imported."""
+    inside = list(file.relative_to(ROOT / floor).parent.parts)
+    return ["mhc_compile", *([] if floor == "mhc_compile" else [floor]), *inside]
+
+
+def imports(floor: str, file: Path) -> Iterator[str]:
+    """Absolute dotted names of everything that a file imports, `from a import b` as `a.b`."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = package_of(floor, file)
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def absolute_imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+
+
+def floor_of(name: str) -> str | None:
+    parts = name.split(".")
+    if parts[0] != "mhc_compile":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in ("passes", "kernels") else "mhc_compile"
+
+
+def all_imports() -> list[tuple[str, str, str]]:
+    return [
+        (floor, file.relative_to(ROOT).as_posix(), name)
+        for floor in FLOORS
+        for file in sources(floor)
+        for name in imports(floor, file)
+    ]
+
+
+def test_imports_only_go_down():
+    wrong = [
+        (file, name)
+        for floor, file, name in all_imports()
+        if (target := floor_of(name)) and FLOORS.index(target) < FLOORS.index(floor)
+    ]
+    assert wrong == []
+
+
+def test_no_floor_is_imported_by_its_bare_name():
+    """Under two names a module would run twice, and register its operators twice."""
+    others = [
+        (file.relative_to(ROOT).as_posix(), name)
+        for folder in ("tests", "examples", "benchmarks")
+        for file in (ROOT / folder).rglob("*.py")
+        for name in absolute_imports(file)
+    ]
+    inside = [(file, name) for _, file, name in all_imports()]
+    wrong = [pair for pair in inside + others if pair[1].split(".")[0] in ("passes", "kernels")]
+    assert wrong == []
+
+
+def test_each_floor_knows_only_its_own_libraries():
+    def known(floor: str, name: str) -> bool:
+        top = name.split(".")[0]
+        return top in sys.stdlib_module_names | THIRD_PARTY[floor] | {"mhc_compile"}
+
+    wrong = [
+        (file, name)
+        for floor, file, name in all_imports()
+        if not known(floor, name) or name.startswith(FORBIDDEN[floor])
+    ]
+    assert wrong == []
+
+
+def is_private(part: str) -> bool:
+    return part.startswith("_") and not part.startswith("__")
+
+
+def private_torch_names(file: Path) -> Iterator[str]:
+    """Private names of torch in a file: imported ones and attribute chains from `torch`."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "torch" and any(map(is_private, parts)):
+                yield f"{file.relative_to(ROOT).as_posix()}:{node.lineno}: {name}"
+
+
+def test_private_torch_names_have_one_place():
+    files = [file for floor in FLOORS for file in sources(floor)]
+    files += [
+        file for folder in ("examples", "benchmarks") for file in (ROOT / folder).rglob("*.py")
+    ]
+    found = [
+        name
+        for file in files
+        if file.relative_to(ROOT).as_posix() not in PRIVATE_NAMES_ALLOWED
+        for name in private_torch_names(file)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.skipif(not (ROOT / "passes").exists(), reason="a source distribution has no links")
+@pytest.mark.parametrize("floor", ["passes", "kernels"])
+def test_the_lower_floors_are_linked_namespace_folders(floor):
+    link = ROOT / "mhc_compile" / floor
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{floor}"
+    assert not (ROOT / floor / "__init__.py").exists(), (
+        f"{floor}/__init__.py would make the folder shadow an installed package of that name"
+    )
+
+
+def test_the_repository_stands_alone():
+    """No file refers to the folder that happens to lie beside the author's checkout."""
+    neighbour = "../" + "shared"
+    skipped = {".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", "__pycache__"}
+    suffixes = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".cfg", ".in", ""}
+    found = []
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [name for name in folders if name not in skipped]
+        for path in (Path(folder, name) for name in names):
+            if path.suffix in suffixes and neighbour in path.read_text("utf-8", errors="ignore"):
+                found.append(path.relative_to(ROOT).as_posix())
+    assert found == []

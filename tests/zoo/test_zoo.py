@@ -1,0 +1,270 @@
+"""Every model of the zoo, transformed: sites, function preservation, gradients, hand-written truth.
+
+Two kinds of equality. At initialisation a transformed model equals the plain one, whatever is wrong
+with H_res. Therefore everything is looked at a second time with all mHC parameters perturbed: the
+output must then differ from the plain model's, every group of parameters must have a gradient, and
+five models must equal `truth.py`.
+"""
+
+import copy
+from collections.abc import Iterator
+from math import log
+
+import pytest
+import torch
+from torch import nn
+
+import mhc_compile
+from mhc_compile import Reason
+from tests.zoo import checks
+from tests.zoo.models import BY_NAME, ZOO, Model
+from tests.zoo.truth import TRUTHS
+
+N = 4
+zoo = pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Drop the compiled code of a model together with the model."""
+    yield
+    torch._dynamo.reset()
+
+
+def plain_and_transformed(entry: Model, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """The plain model and a transformed copy, checked for what transform adds to it."""
+    plain = entry.make(dtype)
+    model = copy.deepcopy(plain)
+    assert mhc_compile.transform(model, n=N, example_inputs=entry.example(dtype)) is model
+
+    before, after = set(plain.state_dict()), set(model.state_dict())
+    assert before <= after
+    assert len(after - before) == 3 * entry.sites
+    sites = checks.connections(model)
+    assert len(sites) == entry.sites, sorted(sites)
+    assert all(p.dtype is dtype for site in sites.values() for p in site)
+    return plain, model
+
+
+def chains_of(model: nn.Module) -> list[list[str]]:
+    """Names of the sites of every chain, in the order of the forward, from the rewritten graph."""
+    chains: dict[int, list[str]] = {}
+    for site in mhc_compile.graphs(model)[-1].sites:
+        chains.setdefault(site.chain, []).append(site.name)
+    return list(chains.values())
+
+
+def assert_equal(
+    actual: checks.Run, expected: checks.Run, output_error: float, gradient_error: float
+) -> None:
+    """Outputs, gradients of all original parameters and buffers (BatchNorm's) agree."""
+    assert checks.output_error(actual.outputs, expected.outputs) <= output_error
+    assert checks.gradient_error(actual.gradients, expected.gradients) <= gradient_error
+    for name, buffer in expected.buffers.items():
+        torch.testing.assert_close(
+            actual.buffers[name], buffer, rtol=10 * output_error, atol=10 * output_error
+        )
+
+
+def assert_first_gradients(model: nn.Module, entry: Model, firsts: set[str]) -> None:
+    """At `preserve`, phi and bias have a gradient at once; res only where the streams differ."""
+    for name, norms in checks.gradient_norms(model, N).items():
+        for group, norm in norms.items():
+            learns = not group.startswith("alpha")  # phi = 0: alpha follows one step later
+            if group.endswith("res"):
+                learns = learns and entry.linear and name not in firsts
+            assert (norm > checks.NEGLIGIBLE) == learns, (name, group, norm)
+
+
+def assert_all_learn(model: nn.Module, firsts: set[str]) -> None:
+    """Every group has a gradient, except res where the streams are equal."""
+    for name, norms in checks.gradient_norms(model, N).items():
+        for group, norm in norms.items():
+            learns = not (group.endswith("res") and name in firsts)
+            assert (norm > checks.NEGLIGIBLE) == learns, (name, group, norm)
+
+
+def step(model: nn.Module, rate: float = 1e-2) -> None:
+    """One AdamW step on the mHC parameters with the gradients they have."""
+    parameters = list(mhc_compile.parameters(model))
+    torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0).step()
+
+
+@zoo
+def test_equals_plain_model_in_float32(entry: Model) -> None:
+    plain, model = plain_and_transformed(entry, torch.float32)
+    inputs = entry.example()
+    expected = checks.run(plain, inputs)
+    assert_equal(checks.run(model, inputs), expected, entry.output_error, entry.gradient_error)
+
+
+@zoo
+def test_equals_plain_model_in_float64_and_every_group_learns(entry: Model) -> None:
+    plain, model = plain_and_transformed(entry, torch.float64)
+    inputs = entry.example(torch.float64)
+    expected = checks.run(plain, inputs)
+
+    # At initialisation.
+    assert_equal(checks.run(model, inputs), expected, 1e-12, 1e-10)
+    chains = chains_of(model)
+    assert len(chains) == entry.chains
+    assert sorted(name for chain in chains for name in chain) == sorted(checks.connections(model))
+    firsts = {chain[0] for chain in chains}
+    assert_first_gradients(model, entry, firsts)
+
+    # One step later phi is no longer zero and the streams have parted everywhere.
+    step(model)
+    checks.run(model, inputs)
+    assert_all_learn(model, firsts)
+
+    # Far from initialisation.
+    checks.perturb(model)
+    perturbed = checks.run(model, inputs)
+    assert checks.output_error(perturbed.outputs, expected.outputs) > 1e-3
+    assert_all_learn(model, firsts)
+    if entry.name in TRUTHS:
+        assert_equals_truth(entry, model, perturbed)
+
+
+def assert_equals_truth(entry: Model, model: nn.Module, actual: checks.Run) -> None:
+    """Outputs and all gradients are those of the n-stream model written by hand."""
+    plain = entry.make(torch.float64)
+    sites = {
+        name: tuple(p.detach().clone().requires_grad_() for p in site)
+        for name, site in checks.connections(model).items()
+    }
+    torch.manual_seed(0)
+    outputs = TRUTHS[entry.name](plain, sites, N, **entry.example(torch.float64))
+    checks.loss_of(outputs).backward()
+
+    assert checks.output_error(actual.outputs, [o.detach() for o in outputs]) <= 1e-10
+    expected = checks.gradients_of(plain.named_parameters())
+    assert checks.gradient_error(actual.gradients, expected) <= 1e-8
+    for name, site in checks.connections(model).items():
+        for parameter, truth in zip(site, sites[name], strict=True):
+            torch.testing.assert_close(parameter.grad, truth.grad, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", TRUTHS)
+def test_hand_written_model_with_equal_streams_is_the_plain_model(name: str) -> None:
+    """The truth itself: H_post = 1 and H_pre = 1/n keep the streams equal, whatever H_res is."""
+    entry = BY_NAME[name]
+    plain, inputs = entry.make(torch.float64), entry.example(torch.float64)
+
+    class EqualStreams(dict):
+        def __missing__(self, site: str) -> tuple[torch.Tensor, ...]:
+            width = 16 if "stages.0" in site else 32
+            bias = torch.cat([torch.full((N,), -log(N - 1)), torch.zeros(N), torch.randn(N * N)])
+            phi = torch.zeros(N * width, N * N + 2 * N)
+            self[site] = tuple(t.double() for t in (phi, torch.randn(3), bias))
+            return self[site]
+
+    sites = EqualStreams()
+    expected = checks.run(plain, inputs).outputs
+    torch.manual_seed(0)
+    outputs = TRUTHS[name](entry.make(torch.float64), sites, N, **inputs)
+    assert len(sites) == entry.sites
+    assert checks.output_error(outputs, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("name", TRUTHS)
+def test_streams_part_with_the_first_optimizer_step(name: str) -> None:
+    """By 10 % or more on linear chains, where they start apart; from zero on the others."""
+    entry = BY_NAME[name]
+    inputs = entry.example(torch.float64)
+    model = entry.make(torch.float64)
+    mhc_compile.transform(model, n=N, example_inputs=inputs)
+
+    def spreads() -> list[float]:
+        streams: list[torch.Tensor] = []
+        sites = checks.connections(model)
+        with torch.no_grad():
+            TRUTHS[name](entry.make(torch.float64), sites, N, **inputs, trace=streams)
+        return [checks.spread(X) for X in streams]
+
+    before = spreads()
+    checks.run(model, inputs)
+    step(model)
+    after = spreads()
+    if entry.linear:
+        assert min(after) >= 0.1
+    else:
+        assert max(before) <= 1e-12 and min(after) > 1e-6
+
+
+def test_layers_skipped_by_a_flag_keep_their_names() -> None:
+    entry = BY_NAME["skippable"]
+    plain, model = plain_and_transformed(entry, torch.float64)
+    inputs = entry.example(torch.float64)
+    keys = set(model.state_dict())
+    for skip in ((), (1,), (0, 2), (2,), ()):
+        expected = checks.run(plain, {**inputs, "skip": skip})
+        actual = checks.run(model, {**inputs, "skip": skip})
+        assert_equal(actual, expected, 1e-12, 1e-10)
+        assert set(model.state_dict()) == keys
+        moved = {k.split(".")[1] for k, g in actual.gradients.items() if ".mhc." in k and g.any()}
+        assert moved == {str(i) for i in range(3) if i not in skip}
+
+
+class TwoLayers(nn.Module):
+    """x + Ax, then y + By, with literal weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(2, 2, bias=False)
+        self.b = nn.Linear(2, 2, bias=False)
+        with torch.no_grad():
+            self.a.weight.copy_(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+            self.b.weight.copy_(torch.tensor([[1.0, 1.0], [0.0, 2.0]]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.a(x)
+        return x + self.b(x)
+
+
+@pytest.mark.parametrize(("iterations", "kept"), [(1, 2 / 3), (20, 40 / 41)])
+def test_h_res_is_indexed_out_in(iterations: int, kept: float) -> None:
+    """Literal numbers, n = 2, one token x = (1, 2).
+
+    A doubly stochastic 2 x 2 matrix is symmetric, so the orientation is visible only before
+    Sinkhorn converges: from [[1, 0], [1, 1]], t iterations (columns, then rows) give
+    [[1, 0], [1/(2t+1), 2t/(2t+1)]].
+
+    Site 1: h = x, A h = (2, 1). H_post = (1, 3/2) gives X = [(3, 3), (4, 3.5)].
+    Site 2: H_pre = (1/4, 3/4): h = (3.75, 3.375), B h = (7.125, 6.75), H_post = (1/2, 1):
+        X' = [(3, 3) + (3.5625, 3.375), (1 - kept)(3, 3) + kept (4, 3.5) + (7.125, 6.75)].
+    """
+
+    def row(*numbers: float) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.float64)
+
+    model, x = TwoLayers().double(), row(1, 2)[None]
+    config = mhc_compile.Config(sinkhorn_iters=iterations)
+    mhc_compile.transform(model, n=2, example_inputs=(x,), config=config)
+
+    def set_bias(connection: nn.Module, pre: list[float], post: list[float]) -> None:
+        """Biases for given H_pre and H_post, and for H_res from exp(b) = [[1, 0], [1, 1]]."""
+        res = row(0.0, -1000.0, 0.0, 0.0)
+        with torch.no_grad():
+            connection.bias.copy_(torch.cat([row(*pre).logit(), (row(*post) / 2).logit(), res]))
+
+    set_bias(model.mhc.a, [0.5, 0.5], [1.0, 1.5])
+    set_bias(model.mhc.b, [0.25, 0.75], [0.5, 1.0])
+
+    second = row(3 + kept, 3 + kept / 2) + row(7.125, 6.75)
+    expected = (row(6.5625, 6.375) + second) / 2
+    torch.testing.assert_close(model(x), expected[None], rtol=1e-12, atol=0)
+
+
+# From each model's source: the adds that are no sites, by the module whose forward has them.
+REJECTED: dict[str, list[tuple[str, Reason]]] = {}
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_every_rejected_add_has_its_reason(name: str) -> None:
+    entry = BY_NAME[name]
+    explanation = mhc_compile.explain(entry.make(), **entry.example())
+    found = [(add.owner, add.reason) for add in explanation.rejected]
+    assert sorted(found) == sorted(REJECTED[name])
+    assert len(explanation.sites) == entry.sites
+    assert len(explanation.chains) == entry.chains
