@@ -41,7 +41,7 @@ zoo: $(STAMP)
 	$(BIN)/python benchmarks/zoo.py
 
 fuzz: $(STAMP)
-	MHC_FUZZ_EXAMPLES=$(N) $(BIN)/python -m pytest -n 2 --timeout 0 tests/test_fuzz.py
+	MHC_FUZZ_EXAMPLES=$(N) $(BIN)/python -m pytest -n 2 --timeout 0 tests/fuzz
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/scale.py

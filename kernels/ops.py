@@ -12,6 +12,7 @@ any strides, runs on any device with ordinary torch operations, returns contiguo
 deterministic.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -27,19 +28,19 @@ _HISTORY_ELEMENTS = 1 << 24
 
 @torch.library.custom_op("mhc::matmul", mutates_args=())
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for a `[..., M, K]` and b `[..., K, N]` (equal leading dims) or `[K, N]`.
+    """a @ b for a `[..., K]` and b `[K, N]`, or `[..., M, K]` and `[..., K, N]`.
 
     Unlike `torch.matmul` it keeps the dtype of its operands under autocast: residual streams and
     coefficients of mHC are float32 there too (arXiv:2512.24880, §4.3).
 
     Raises:
-        ValueError: if the shapes do not fit; nothing is broadcast but a `b` without leading dims.
+        ValueError: if the shapes do not fit; leading dimensions are not broadcast.
     """
     _check_matmul(a, b)
     out = a.new_empty(*a.shape[:-1], b.shape[-1])
     # Calls with out= do not take part in autocast; that is documented, and works on all devices.
     if b.dim() == 2:
-        torch.mm(a.flatten(0, -2), b, out=out.flatten(0, -2))
+        torch.mm(_rows(a), b, out=_rows(out))
     else:
         torch.bmm(_batch(a), _batch(b), out=_batch(out))
     return out
@@ -49,12 +50,16 @@ def _batch(matrices: Tensor) -> Tensor:
     return matrices.reshape(-1, *matrices.shape[-2:])
 
 
+def _rows(vectors: Tensor) -> Tensor:
+    return vectors.reshape(math.prod(vectors.shape[:-1]), vectors.shape[-1])
+
+
 def _check_matmul(a: Tensor, b: Tensor) -> None:
-    dims_fit = a.dim() >= 2 and b.dim() >= 2 and a.shape[-1] == b.shape[-2]
-    if not dims_fit or (b.dim() > 2 and a.shape[:-2] != b.shape[:-2]):
+    fits = a.dim() >= 1 and b.dim() >= 2 and a.shape[-1] == b.shape[-2]
+    if not fits or (b.dim() > 2 and a.shape[:-2] != b.shape[:-2]):
         raise ValueError(
-            f"mhc::matmul takes [..., M, K] and [..., K, N] with equal leading dimensions, or "
-            f"[K, N], got {tuple(a.shape)} and {tuple(b.shape)}"
+            f"mhc::matmul takes [..., K] and [K, N], or [..., M, K] and [..., K, N] with equal "
+            f"leading dimensions, got {tuple(a.shape)} and {tuple(b.shape)}"
         )
 
 
@@ -74,7 +79,7 @@ def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | No
     if not ctx.needs_input_grad[1]:
         return grad_a, None
     if b.dim() == 2:
-        a, grad = a.flatten(0, -2), grad.flatten(0, -2)
+        a, grad = _rows(a), _rows(grad)
     return grad_a, matmul(a.mT, grad)
 
 

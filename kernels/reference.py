@@ -185,7 +185,8 @@ def mixed_permutations(weights: Tensor, n: int) -> Tensor:
     blocks = weights.unflatten(-1, (n, -1))
     rest = mixed_permutations(blocks, n - 1).transpose(-3, -2)  # [..., row, k, j]
     below, above = rest.tril(-1).sum(-2), rest.triu().sum(-2)  # j < k and j >= k
-    rows = torch.nn.functional.pad(below, (0, 1)) + torch.nn.functional.pad(above, (1, 0))
+    zeros = torch.zeros_like(below[..., :1])
+    rows = torch.cat((below, zeros), -1) + torch.cat((zeros, above), -1)
     return torch.cat((blocks.sum(-1).unsqueeze(-2), rows), -2)
 
 

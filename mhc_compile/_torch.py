@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.node import has_side_effect
+from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
@@ -43,13 +44,14 @@ __all__ = [
     "compile_dynamo",
     "compile_inductor",
     "dynamo_settings",
+    "first_paragraph",
     "inductor_options",
     "is_forced_eager",
     "is_inductor_option",
     "partition_eagerly",
+    "pytree",
     "register_effectful",
-    "reset_dynamo_error_cause",
-    "unsupported_error",
+    "user_frame",
 ]
 
 RECOMPILE_LIMIT = 256
@@ -82,17 +84,15 @@ def dynamo_settings() -> Iterator[None]:
     ``optimize_ddp`` would cut the graph at DistributedDataParallel's buckets, in the middle of
     the streams, before a backend sees it.
     """
-    limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": 4 * RECOMPILE_LIMIT}
-    with torch._dynamo.config.patch(optimize_ddp=False, **limits):
+    with torch._dynamo.config.patch(
+        optimize_ddp=False,
+        recompile_limit=RECOMPILE_LIMIT,
+        accumulated_recompile_limit=4 * RECOMPILE_LIMIT,
+    ):
         yield
 
 
-def unsupported_error() -> type[Exception]:
-    """What Dynamo raises for a graph break under ``fullgraph=True``."""
-    return torch._dynamo.exc.Unsupported
-
-
-def reset_dynamo_error_cause(error: BaseException) -> str:
+def first_paragraph(error: BaseException) -> str:
     """The readable part of a Dynamo error: the first paragraph of its message."""
     return str(error).strip().split("\n\n")[0]
 
@@ -112,7 +112,7 @@ def break_reason(gm: fx.GraphModule) -> str | None:
     return f"{where} ({str(reason.reason).splitlines()[0]})"
 
 
-def calling_module() -> tuple[torch.nn.Module | None, bool]:
+def calling_module() -> torch.nn.Module | None:
     """The outermost module on the Python stack: the one whose call is being compiled.
 
     Both ``torch.compile(module)`` and ``module.compile()`` go through ``_call_impl``.
@@ -122,11 +122,12 @@ def calling_module() -> tuple[torch.nn.Module | None, bool]:
     while frame is not None:
         module = frame.f_locals.get("self")
         name = frame.f_code.co_name
-        if name in ("_call_impl", "_wrapped_call_impl") and isinstance(module, torch.nn.Module):
-            if not isinstance(module, torch._dynamo.OptimizedModule):
-                outermost = module
+        is_call = name in ("_call_impl", "_wrapped_call_impl")
+        is_wrapper = isinstance(module, torch._dynamo.OptimizedModule)
+        if is_call and isinstance(module, torch.nn.Module) and not is_wrapper:
+            outermost = module
         frame = frame.f_back
-    return outermost, outermost is not None
+    return outermost
 
 
 def user_frame(error: BaseException) -> str:
@@ -160,7 +161,5 @@ def compile_inductor(
 
 def partition_eagerly(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Run a graph eagerly behind AOTAutograd's partitioner, which obeys recompute tags."""
-    run = aot_autograd(
-        fw_compiler=lambda graph, inputs: graph, partition_fn=default_partition
-    )
+    run = aot_autograd(fw_compiler=lambda graph, inputs: graph, partition_fn=default_partition)
     return run(gm, list(example_inputs))  # type: ignore[no-any-return]

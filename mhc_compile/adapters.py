@@ -35,7 +35,8 @@ def undo(module: nn.Module) -> None:
 
 def overrides(original: type[nn.Module]) -> Mapping[str, Any]:
     """Methods that the swapped class of a framework's class must answer itself."""
-    return {"get_compiled_call": _get_compiled_call} if hasattr(original, "get_compiled_call") else {}
+    own = {"get_compiled_call": _get_compiled_call}
+    return {name: method for name, method in own.items() if hasattr(original, name)}
 
 
 def _get_compiled_call(self: Any, compile_config: Any) -> Callable[..., Any]:

@@ -76,7 +76,7 @@ def _compile(
     captured, work = copy_graph(gm), copy_graph(gm)
     declared = _declared_config(work)
     if declared is None:
-        module, _ = _torch.calling_module()
+        module = _torch.calling_module()
         if config is not None and not _is_transformed(module):
             return _first_call_of_plain(gm, example_inputs, config, lower, module)
         return lower(work, example_inputs)  # a part of the model without a site
@@ -145,9 +145,7 @@ def _autocast_devices(inputs: Sequence[Any]) -> frozenset[str]:
 # --- options ------------------------------------------------------------------------------------
 
 
-def _split_options(
-    options: Mapping[str, Any], mode: str | None
-) -> tuple[Config, dict[str, Any]]:
+def _split_options(options: Mapping[str, Any], mode: str | None) -> tuple[Config, dict[str, Any]]:
     own = {k: v for k, v in options.items() if k in Config.__dataclass_fields__}
     patches = _torch.inductor_options(mode)
     for name, value in options.items():

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from . import _torch
+from ._torch import pytree
 from .passes.errors import CaptureError, ExampleInputsError, GraphBreakError, MhcError
 
 __all__ = ["CapturedGraph", "as_call", "capture", "merge"]
@@ -101,7 +101,7 @@ def capture(
         except Exception as error:
             raise ExampleInputsError(
                 f"The forward of {type(model).__name__} failed on the example inputs"
-                f"{_at(error)}: {_torch.reset_dynamo_error_cause(error)}"
+                f"{_at(error)}: {_torch.first_paragraph(error)}"
             ) from error
     if not graphs:
         raise CaptureError(
@@ -123,7 +123,7 @@ def first_break(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         except Exception as error:
             frames = [line.strip() for line in str(error).splitlines() if 'File "' in line]
             where = frames[-1].split('File "')[1].replace('", line ', ":").split(",")[0]
-            return f"{where if frames else '?'} ({_torch.reset_dynamo_error_cause(error)})"
+            return f"{where if frames else '?'} ({_torch.first_paragraph(error)})"
     return ""
 
 
@@ -199,9 +199,7 @@ def _attribute(gm: fx.GraphModule, path: str) -> Any:
 # --- arguments ---------------------------------------------------------------------------------
 
 
-def _check_arguments(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
+def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
@@ -282,9 +280,7 @@ def _at(error: BaseException) -> str:
     return f" at {frame}" if frame else ""
 
 
-def _data_dependent(
-    model: nn.Module, error: BaseException, graphs: list[CapturedGraph]
-) -> str:
+def _data_dependent(model: nn.Module, error: BaseException, graphs: list[CapturedGraph]) -> str:
     broken = next((g.broken_at for g in graphs if g.broken_at), None)
     where = _torch.user_frame(error) or broken or "an unknown place"
     return (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from . import swap
 from .capture import as_call, capture, merge
@@ -75,7 +75,9 @@ class Explanation:
         write(self, path)
 
 
-def explain(model: nn.Module, *args: Any, config: Config | None = None, **kwargs: Any) -> Explanation:
+def explain(
+    model: nn.Module, *args: Any, config: Config | None = None, **kwargs: Any
+) -> Explanation:
     """Find every residual-looking add in one call of a model, without computing anything.
 
     Args:
@@ -123,11 +125,8 @@ def _declared_config(model: nn.Module) -> Config | None:
 
 def _add(model: nn.Module, found: Site | Rejected, chain: int, reason: str) -> Add:
     location = found.location or _source_of(model, found.owner)
-    return Add(found.name, found.owner, chain, reason, location, found.width, _node_name(found.node))
-
-
-def _node_name(node: fx.Node) -> str:
-    return node.name
+    node = found.node.name
+    return Add(found.name, found.owner, chain, reason, location, found.width, node)
 
 
 def _source_of(model: nn.Module, path: str) -> str:

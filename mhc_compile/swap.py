@@ -181,28 +181,24 @@ def _why_not_captured(module: nn.Module, root: nn.Module) -> str:
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
     """Pickle and deepcopy as an instance of the original class that is swapped on arrival."""
-    spec = self.__dict__[SPEC]
     original = original_class(self)
-    state = {k: v for k, v in self.__dict__.items() if k not in OWN_ATTRIBUTES}
-    state.pop("_compiled_call_impl", None)
     if issubclass(original, fx.GraphModule):
         raise UnsupportedError(
             "a transformed torch.fx.GraphModule cannot be pickled: save its mHC weights with "
             "mhc_compile.save and the plain module after mhc_compile.revert"
         )
-    return _rebuild, (original, spec), state, None, None, _set_state
+    state = self.__getstate__()  # type: ignore[attr-defined]
+    if isinstance(state, dict):
+        left_out = (*OWN_ATTRIBUTES, "_compiled_call_impl")
+        state = {k: v for k, v in state.items() if k not in left_out}
+    return _rebuild, (original, self.__dict__[SPEC]), state
 
 
 def _rebuild(original: type[nn.Module], spec: str) -> nn.Module:
     module = original.__new__(original)
     module.__dict__[SPEC] = spec
+    module.__class__ = _swapped_class(original)
     return module
-
-
-def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
-    spec = module.__dict__.pop(SPEC)
-    module.__setstate__(state)
-    swap(module, spec)
 
 
 def _deepcopy_graph_module(self: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:

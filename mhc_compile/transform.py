@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -152,9 +151,7 @@ def examine(
     return gm, context, graphs
 
 
-def context_of(
-    gm: fx.GraphModule, inputs: list[Any], model: nn.Module, config: Config
-) -> Context:
+def context_of(gm: fx.GraphModule, inputs: list[Any], model: nn.Module, config: Config) -> Context:
     """The context in which every site that is found is taken."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     trainable = {
@@ -218,7 +215,7 @@ def _no_sites(model: nn.Module, detection: Detection) -> str:
     for rejected in detection.rejected:
         reasons[rejected.reason] = reasons.get(rejected.reason, 0) + 1
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
-    excluded = " All sites are excluded by Config.include / Config.exclude." if detection.sites else ""
+    excluded = " Config.include and Config.exclude leave none." if detection.sites else ""
     return (
         f"{type(model).__name__} has no chain of at least two residual adds x + F(x).{excluded} "
         f"Adds of two tensors that were looked at: {listed or 'none'}. "
@@ -270,7 +267,7 @@ def _plan(model: nn.Module, gm: fx.GraphModule, detection: Detection) -> dict[st
         plans.setdefault(site.owner, _Plan([], [])).sites.append(site)
     called = _called(model, gm)
     for chain in detection.chains:
-        home = os.path.commonprefix([s.owner.split(".") for s in chain])
+        home = _common_path([s.owner.split(".") for s in chain])
         while home and ".".join(home) not in called:
             home = home[:-1]
         plans.setdefault(".".join(home), _Plan([], [])).homes.append(chain[0].chain)
@@ -287,6 +284,13 @@ def _plan(model: nn.Module, gm: fx.GraphModule, detection: Detection) -> dict[st
                 "name under which mHC parameters are kept; rename it"
             )
     return plans
+
+
+def _common_path(paths: list[list[str]]) -> list[str]:
+    shared = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
+    while any(path[: len(shared)] != shared for path in paths):
+        shared = shared[:-1]
+    return shared
 
 
 def _called(model: nn.Module, gm: fx.GraphModule) -> set[str]:
@@ -337,4 +341,3 @@ def _spec(plan: _Plan, last: set[Site], config: Config) -> Spec:
         for s in plan.sites
     )
     return Spec(config, sites, tuple(plan.homes))
-

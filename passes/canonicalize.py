@@ -130,9 +130,8 @@ def _remove_in_place(graph: fx.Graph) -> int:
                 new = _call(graph, node, "to", (new, value_of(node).dtype), {})  # type: ignore[attr-defined]
         index[new] = index[node]
         node.replace_all_uses_with(new)
-        written.replace_all_uses_with(
-            new, delete_user_cb=lambda user: index.get(user, -1) > index[new]
-        )
+        for user in [u for u in written.users if index.get(u, -1) > index[new]]:
+            user.replace_input_with(written, new)
         memory.add(new)
         graph.erase_node(node)
         count += 1

@@ -54,9 +54,9 @@ class DataFlow:
         written: dict[fx.Node, fx.Node] = {}  # a tensor -> the last write into it
         for node in self.order:
             kind = kind_of(node)
-            if kind is Kind.SHAPE or not (holds_tensor(node) or is_mutation(node)):
-                if node.op != "output":
-                    continue
+            is_data = kind is not Kind.SHAPE and (holds_tensor(node) or is_mutation(node))
+            if not is_data and node.op != "output":
+                continue
             inputs = [n for n in node.all_input_nodes if holds_tensor(n)]
             for source in inputs:
                 self.flow.add_edge(source, node)

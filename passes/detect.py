@@ -264,11 +264,13 @@ class _Detector:
     def _owner_of(self, node: fx.Node) -> tuple[str, str]:
         """(stack key, path) of the innermost module call that can own parameters."""
         known = self.context.owners
-        declared = self.context.declarations or {}
+        first_time = self.context.declarations is None
         for key, path in reversed(stack_of(node)):
             identity = key.split("@")[0]
-            if identity in (declared if self.context.declarations is not None else known):
-                return key, known.get(identity, path)
+            # Calls of traced graphs are named, not numbered; "[": a module in a plain list.
+            if not identity.isdecimal() or "[" in path or (first_time and identity not in known):
+                continue
+            return key, known.get(identity, path)
         return "", ""
 
     def _branch_name(self, key: str, owner: str, region: set[fx.Node]) -> str:
@@ -464,14 +466,14 @@ class _Detector:
         sites = [s for s in self.sites.values() if s.chain == number]
         broken = self.context.broken_at
         where = f" The capture was broken at {broken}." if broken else ""
+        names = ", ".join([s.name for s in sites[:4]] + ["..."] * (len(sites) > 4))
         return (
-            f"A captured graph holds only a part of chain {number} "
-            f"({', '.join(s.name or s.location for s in sites[:4])}{', ...' if len(sites) > 4 else ''}):"
-            f" its streams would be collapsed in the middle.{where} Either the model has a graph "
-            "break between two of its residual adds (make that code traceable: no print, no "
-            ".item(), no random layer dropping in Python; torch._dynamo.explain shows the "
-            "breaks), or a module that owns a part of the chain was called by itself (call the "
-            "module that contains the whole chain)."
+            f"A captured graph holds only a part of chain {number} ({names}): its streams would "
+            f"be collapsed in the middle.{where} Either the model has a graph break between two "
+            "of its residual adds (make that code traceable: no print, no .item(), no random "
+            "layer dropping in Python; torch._dynamo.explain shows the breaks), or a module that "
+            "owns a part of the chain was called by itself (call the module that contains the "
+            "whole chain)."
         )
 
     def _split_chain(self, parts: list[list[Site]]) -> str:

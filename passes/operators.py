@@ -110,13 +110,14 @@ _KINDS: dict[Kind, frozenset[str]] = {
         """
     ),
 }
+_OpOverload = type(torch.ops.aten.add.Tensor)
 _KIND_OF_NAME = {name: kind for kind, names in _KINDS.items() for name in names}
 
 
 def op_name(node: fx.Node) -> str:
     """The operation's bare name: ``operator.iadd``, ``Tensor.__iadd__`` -> ``iadd``."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, _OpOverload):
         name = target.overloadpacket.__name__
     elif isinstance(target, str):
         name = target if node.op == "call_method" else node.op
@@ -173,4 +174,4 @@ def shape_of(node: fx.Node) -> tuple[object, ...]:
 def same_shape(a: fx.Node, b: fx.Node) -> bool:
     """Equality of two shapes that installs no guard: symbolic sizes compare as expressions."""
     left, right = shape_of(a), shape_of(b)
-    return len(left) == len(right) and all(str(s) == str(t) for s, t in zip(left, right))
+    return [str(size) for size in left] == [str(size) for size in right]

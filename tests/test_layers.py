@@ -133,9 +133,7 @@ def private_torch_names(file: Path) -> Iterator[str]:
 
 def test_private_torch_names_have_one_place():
     files = [file for floor in FLOORS for file in sources(floor)]
-    files += [
-        file for folder in ("examples", "benchmarks") for file in (ROOT / folder).rglob("*.py")
-    ]
+    files += (ROOT / "examples").rglob("*.py")
     found = [
         name
         for file in files

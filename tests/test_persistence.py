@@ -94,9 +94,22 @@ def test_float32_parameters_of_a_bfloat16_model_are_saved_exactly(tmp_path):
     assert all(a.dtype is torch.float32 and a.equal(b) for a, b in pairs)
 
 
-def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    "wrap", [lambda m: torch.compile(m, backend="eager"), nn.parallel.DistributedDataParallel]
+)
+def test_a_wrapped_model_is_saved_under_its_own_names(wrap, tmp_path):
     model = transformed(Model())
-    mhc_compile.save(torch.compile(model, backend="mhc"), tmp_path)
+    mhc_compile.save(wrap(model), tmp_path)
     with safe_open(tmp_path / WEIGHTS_FILE, "pt") as weights:
         assert set(weights.keys()) <= set(model.state_dict())
 

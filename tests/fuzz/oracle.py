@@ -6,6 +6,7 @@ function of x stream by stream, ...) is answered by walking the graph again. Tin
 
 The definitions, on a torch-level graph as Dynamo hands it to a backend:
 
+- **Dead code**, what no output depends on, is not there.
 - **In-place.** After `x += f` or `x.add_(f)` every later use of x means the sum.
 - **Sum tree.** An add of two float tensors of one shape. An inner add that only the outer add
   uses belongs to the outer tree, unless it is a residual add of another stream: judged by itself
@@ -81,12 +82,14 @@ class Oracle:
         now: dict[fx.Node, fx.Node] = {}  # what a mutated tensor means from here on
         for node in self.nodes:
             self.operands[node] = []
-            for operand in inputs(node):
+            for operand in [] if op_name(node) in CONSTANTS else inputs(node):
                 while operand in now:
                     operand = now[operand]
                 self.operands[node].append(operand)
             if is_in_place(node):
                 now[self.operands[node][0]] = node
+        live = self.ancestors(self.nodes[-1])
+        self.nodes = [node for node in self.nodes if node in live]
 
     # -- dependence ------------------------------------------------------------------------------
 

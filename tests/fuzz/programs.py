@@ -227,7 +227,7 @@ BRANCHES = (
 )  # fmt: skip
 STREAM_OPS = (
     "layer_norm", "rms_norm", "spelled_norm", "same_cast", "dropout", "relu", "tanh", "constant",
-    "learned", "position", "broadcast_position", "float32_cast",
+    "learned", "position", "broadcast_position", "conditioned", "float32_cast",
 )  # fmt: skip
 REJECTED = ("gated", "self_gated", "projection", "pointwise", "broadcast", "independent")
 
@@ -572,6 +572,7 @@ class Writer:
         if self.program.encoder:
             self.tag("encoder")
             self.body.append(f"mem = {self.module(self.program.encoder, 'Encoder')}({mem}, cond)")
+            self.states.append("mem")
         else:
             self.body.append(f"mem = {mem}")
         self.steps(self.program.steps)
@@ -651,6 +652,8 @@ class Writer:
             return f"{x} + {self.parameter('pos', f'torch.randn{self.shape()}')}"
         if kind == "broadcast_position":
             return f"{x} + {self.parameter('pos', f'torch.randn{self.shape()[1:]}')}".replace(",)", ")")
+        if kind == "conditioned":
+            return f"torch.sigmoid({self.linear('gate')}(mem){self.to(self.layout)}) * {x}"
         self.tag("float32_cast" if kind == "float32_cast" else None)
         return {
             "same_cast": f"{x}.to(torch.float64)",
@@ -704,7 +707,7 @@ class Writer:
         fs = [self.branch(branch, read, copy=in_place) for branch in site.branches]
         self.tag(f"parallel_{len(fs)}" if len(fs) > 1 else None)
         ours = {f for f, branch in zip(fs, site.branches, strict=True) if branch_owns(branch)}
-        if s == "x" and self.owned or site.skip in {"constant", "learned"}:
+        if (s == "x" and self.owned) or site.skip in {"constant", "learned"}:
             ours.add(s)
         terms = [[s, *fs][i] for i in site.order]
         for merge, spelling in zip(site.merges, site.spellings, strict=True):
@@ -776,7 +779,7 @@ def sites(draw: st.DrawFn, depth: int) -> Site:
         order=tuple(draw(st.permutations(range(size + 1)))),
         merges=tuple(draw(st.integers(0, 2)) for _ in range(size)),
         spellings=tuple(draw(st.sampled_from(SPELLINGS)) for _ in range(size)),
-        skip=draw(often(["constant", "learned", "dropout", "layer_norm", "same_cast"], None, 10)),
+        skip=draw(often(["constant", "learned", "conditioned", "dropout", "layer_norm", "same_cast"], None, 10)),
         branch_reads_skip=draw(st.booleans()),
         after=draw(often([*NORMS, "relu"], None, 12)),
     )

@@ -37,7 +37,9 @@ def sinkhorn(logits, iters):
 
 def sinkhorn_v4(comb_logits, iters):
     """DeepSeek-V4's `comb` [in, out] as its code makes it, from its logits [in, out]."""
-    comb = np.array([np.exp(row - row.max()) / np.exp(row - row.max()).sum() for row in comb_logits])
+    comb = np.array(
+        [np.exp(row - row.max()) / np.exp(row - row.max()).sum() for row in comb_logits]
+    )
     comb = comb + EPS_V4
     comb = comb / (comb.sum(axis=0, keepdims=True) + EPS_V4)
     for _ in range(iters - 1):

@@ -114,7 +114,7 @@ class ParallelBlock(nn.Module):
 
 
 class Skippable(nn.Module):
-    """A stack whose layers are left out by a Python tuple, as early exit and layer pruning do."""
+    """A stack whose layers are left out by Python flags, as early exit and layer pruning do."""
 
     def __init__(self, layers: int = 3, width: int = 32) -> None:
         super().__init__()
@@ -122,10 +122,12 @@ class Skippable(nn.Module):
         self.blocks = nn.ModuleList([PreNormBlock(width) for _ in range(layers)])
         self.head = nn.Linear(width, VOCAB)
 
-    def forward(self, ids: torch.Tensor, skip: tuple[int, ...] = ()) -> torch.Tensor:
+    def forward(
+        self, ids: torch.Tensor, active: tuple[bool, bool, bool] = (True, True, True)
+    ) -> torch.Tensor:
         x = self.embed(ids)
-        for index, block in enumerate(self.blocks):
-            if index not in skip:
+        for block, runs in zip(self.blocks, active, strict=True):
+            if runs:
                 x = block(x)
         return self.head(x)
 
