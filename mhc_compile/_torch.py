@@ -7,6 +7,7 @@ a comment says otherwise.
 from __future__ import annotations
 
 import inspect
+import re
 import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ import torch
 import torch._dynamo
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch.partitioners import default_partition
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch._inductor import list_mode_options
@@ -33,18 +35,21 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
+    "BackendCompilerFailed",
     "CustomGraphPass",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "WeakTensorKeyDictionary",
+    "break_in_words",
     "break_reason",
     "calling_module",
     "compile_dynamo",
     "compile_inductor",
     "dynamo_settings",
     "first_paragraph",
+    "graph_breaks",
     "inductor_options",
     "is_forced_eager",
     "is_inductor_option",
@@ -72,9 +77,8 @@ def compile_dynamo(function: Callable[..., Any], backend: Callable[..., Any]) ->
     """
     known = inspect.signature(torch.compile).parameters
     wanted = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
-    return torch.compile(  # type: ignore[call-overload, no-any-return]
-        function, backend=backend, **{k: v for k, v in wanted.items() if k in known}
-    )
+    settings: dict[str, Any] = {k: v for k, v in wanted.items() if k in known}
+    return torch.compile(function, backend=backend, **settings)
 
 
 @contextmanager
@@ -95,6 +99,20 @@ def dynamo_settings() -> Iterator[None]:
 def first_paragraph(error: BaseException) -> str:
     """The readable part of a Dynamo error: the first paragraph of its message."""
     return str(error).strip().split("\n\n")[0]
+
+
+def break_in_words(error: BaseException) -> str:
+    """``file:line (what, why)`` of an error that Dynamo raised at a graph break."""
+    what, *lines = str(error).strip().splitlines() or [type(error).__name__]
+    frames = re.findall(r'File "([^"]+)", line (\d+)', str(error))
+    why = next((s.split(":", 1)[1] for s in lines if s.strip().startswith("Explanation:")), "")
+    where = ":".join(frames[-1]) if frames else "an unknown place"
+    return f"{where} ({what.strip().rstrip('.')}{'; ' if why else ''}{why.strip().rstrip('.')})"
+
+
+def graph_breaks() -> int:
+    """How many times Dynamo has broken a graph in this process."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
 def is_forced_eager() -> bool:
@@ -144,7 +162,7 @@ def is_inductor_option(name: str) -> bool:
     """Whether a name is one of Inductor's configuration entries."""
     import torch._inductor.config as config
 
-    return name.replace("-", "_") in config._config
+    return name.replace("-", "_") in config._config  # type: ignore[attr-defined]
 
 
 def inductor_options(mode: str | None) -> dict[str, Any]:
@@ -156,10 +174,11 @@ def compile_inductor(
     gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]
 ) -> Callable[..., Any]:
     """Compile a torch-level graph with AOTAutograd and Inductor."""
-    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+    return compiled
 
 
 def partition_eagerly(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Run a graph eagerly behind AOTAutograd's partitioner, which obeys recompute tags."""
     run = aot_autograd(fw_compiler=lambda graph, inputs: graph, partition_fn=default_partition)
-    return run(gm, list(example_inputs))  # type: ignore[no-any-return]
+    return run(gm, list(example_inputs))

@@ -44,7 +44,9 @@ def _get_compiled_call(self: Any, compile_config: Any) -> Callable[..., Any]:
     from .backend import mhc
 
     settings = dict(compile_config.to_dict()) if compile_config is not None else {}
-    chosen = {k: settings.get(k) for k in ("fullgraph", "dynamic", "mode", "options")}
+    chosen: dict[str, Any] = {
+        k: settings.get(k) for k in ("fullgraph", "dynamic", "mode", "options")
+    }
     chosen = {k: v for k, v in chosen.items() if v is not None}
     if "options" in chosen:
         chosen.pop("mode", None)
@@ -52,7 +54,7 @@ def _get_compiled_call(self: Any, compile_config: Any) -> Callable[..., Any]:
     kept = self.__dict__.setdefault(COMPILED, {})
     if key not in kept:
         kept[key] = torch.compile(self.__call__, backend=mhc, **chosen)
-    return kept[key]  # type: ignore[no-any-return]
+    return kept[key]
 
 
 def before_call(module: nn.Module, kwargs: Mapping[str, Any]) -> None:

@@ -85,7 +85,6 @@ def _compile(
         options_of(declared),
         trainable=_trainable(work, example_inputs),
         broken_at=_torch.break_reason(gm),
-        autocast=_autocast_devices(example_inputs),
     )
     work, entries = run_pipeline(
         work, context, _with_collection(PIPELINE), disabled=declared.disabled
@@ -135,11 +134,6 @@ def _trainable(gm: fx.GraphModule, inputs: Sequence[Any]) -> frozenset[str]:
     return frozenset(
         p.name for p, v in zip(placeholders, inputs, strict=True) if isinstance(v, nn.Parameter)
     )
-
-
-def _autocast_devices(inputs: Sequence[Any]) -> frozenset[str]:
-    devices = {v.device.type for v in inputs if isinstance(v, torch.Tensor)}
-    return frozenset(d for d in devices if d != "meta" and torch.is_autocast_enabled(d))
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -211,7 +205,6 @@ def _first_call_of_plain(
     _check_whole(gm, module)
     work, captured = copy_graph(gm), copy_graph(gm)
     context = context_of(work, example_inputs, module, config)
-    context.autocast = _autocast_devices(example_inputs)
     work, _ = run_pipeline(work, context, PIPELINE[:2], disabled=config.disabled)
     detection = context.detection
     if detection is None or not detection.sites:
@@ -282,7 +275,7 @@ def _check_whole(gm: fx.GraphModule, module: nn.Module) -> None:
 # --- caches -------------------------------------------------------------------------------------
 
 
-class SourceKey(_torch.CustomGraphPass):  # type: ignore[misc]
+class SourceKey(_torch.CustomGraphPass):
     """Puts the sources of this package into the key of Inductor's caches; changes nothing."""
 
     def __call__(self, graph: fx.Graph) -> None:

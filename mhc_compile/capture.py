@@ -8,11 +8,13 @@ any device (``meta`` included), costs one trace.
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -32,7 +34,7 @@ class CapturedGraph:
 
     Attributes:
         gm: a copy that may be changed.
-        inputs: the values of its placeholders: real parameters, fake activations.
+        inputs: the values of its placeholders in one run: real parameters, fake activations.
         outputs: what it returned.
         broken_at: where and why the capture ended early, ``None`` if it did not.
     """
@@ -84,16 +86,28 @@ def capture(
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         output = next(n for n in gm.graph.nodes if n.op == "output")
         outputs = list(fx.map_arg(output.args[0], lambda n: n.meta["example_value"]))
-        inputs, copied = list(example_inputs), copy_graph(gm)
-        graphs.append(CapturedGraph(copied, inputs, outputs, _torch.break_reason(gm)))
-        return lambda *_: outputs
+        copied, broken_at = copy_graph(gm), _torch.break_reason(gm)
+        ran = False
+
+        def run(*inputs: Any) -> list[Any]:
+            # Behind a graph break one graph may run for several modules of one class.
+            nonlocal ran
+            results = pytree.tree_map_only(Tensor, Tensor.clone, outputs) if ran else outputs
+            ran = True
+            graphs.append(CapturedGraph(copied, list(inputs), results, broken_at))
+            return results
+
+        return run
 
     mode = _fake_mode(args, kwargs)
-    run = _torch.compile_dynamo(model, record)
+    call = _torch.compile_dynamo(model, record)
+    breaks, state = _torch.graph_breaks(), random.getstate()
     with _unchanged(model), _torch.dynamo_settings(), torch.enable_grad(), mode:
         args, kwargs = pytree.tree_map_only(Tensor, _fake(mode, model), (args, dict(kwargs)))
         try:
-            run(*args, **kwargs)
+            call(*args, **kwargs)
+            if _torch.graph_breaks() > breaks and random.getstate() != state:
+                raise GraphBreakError(_by_chance(model, graphs))
         except MhcError:
             raise
         except (_torch.DataDependentOutputException, _torch.DynamicOutputShapeException) as error:
@@ -121,9 +135,7 @@ def first_break(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         try:
             whole(*args, **kwargs)
         except Exception as error:
-            frames = [line.strip() for line in str(error).splitlines() if 'File "' in line]
-            where = frames[-1].split('File "')[1].replace('", line ', ":").split(",")[0]
-            return f"{where if frames else '?'} ({_torch.first_paragraph(error)})"
+            return _torch.break_in_words(error)
     return ""
 
 
@@ -236,7 +248,7 @@ def _fake(mode: Any, model: nn.Module) -> Callable[[Tensor], Tensor]:
                     device=device,
                     requires_grad=tensor.requires_grad,
                 )
-        return mode.from_tensor(tensor)  # type: ignore[no-any-return]
+        return mode.from_tensor(tensor)
 
     return convert
 
@@ -245,11 +257,13 @@ def _fake(mode: Any, model: nn.Module) -> Callable[[Tensor], Tensor]:
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Undo what a forward under fake tensors leaves on the modules: caches with no data."""
     before = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
-    rng = torch.get_rng_state()
+    rng, python_rng, numpy_rng = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield
     finally:
         torch.set_rng_state(rng)
+        random.setstate(python_rng)
+        np.random.set_state(numpy_rng)
         for module, attributes, buffers in before:
             for name, value in list(module.__dict__.items()):
                 if _holds_fake(value) and attributes.get(name) is not value:
@@ -285,7 +299,20 @@ def _data_dependent(model: nn.Module, error: BaseException, graphs: list[Capture
     where = _torch.user_frame(error) or broken or "an unknown place"
     return (
         f"The forward of {type(model).__name__} depends on the value of a tensor at {where}, so "
-        "no graph holds its residual stream whole. Randomly dropped layers are such: write them "
-        "with tensors instead (x + mask * F(x) with mask = (torch.rand([]) >= p).to(x.dtype)), "
-        "or turn them off (layerdrop=0); replace 'if tensor:' by torch.where or torch.cond."
+        f"no graph holds its residual stream whole. {_INSTEAD}; replace 'if tensor:' by "
+        "torch.where or torch.cond."
     )
+
+
+def _by_chance(model: nn.Module, graphs: list[CapturedGraph]) -> str:
+    where = next((f" at {g.broken_at}" for g in graphs if g.broken_at), "")
+    return (
+        f"The forward of {type(model).__name__} breaks the graph{where} and draws from Python's "
+        f"random, so that no two calls need have the same residual adds. {_INSTEAD}."
+    )
+
+
+_INSTEAD = (
+    "Randomly dropped layers are such: write them with tensors instead (x + mask * F(x) with "
+    "mask = (torch.rand([]) >= p).to(x.dtype)), or turn them off (layerdrop=0)"
+)

@@ -56,7 +56,8 @@ def postpone(model: M, config: Config) -> M:
         ),
     }
     model.__dict__[CONFIG] = config
-    model.__class__ = type(original)(original.__name__, (original,), namespace)
+    metaclass: Any = type(original)
+    model.__class__ = metaclass(original.__name__, (original,), namespace)
     return model
 
 

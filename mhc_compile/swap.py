@@ -62,8 +62,9 @@ def restore(module: nn.Module) -> None:
 
 def _swapped_class(original: type[nn.Module]) -> type[nn.Module]:
     # A GraphModule has a class of its own, whose forward `recompile` replaces.
-    make = _make_class if issubclass(original, fx.GraphModule) else _shared_class
-    return make(original)
+    if issubclass(original, fx.GraphModule):
+        return _make_class(original)
+    return _shared_class(original)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -84,7 +85,8 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
     if issubclass(original, fx.GraphModule):
         namespace |= {"recompile": _recompile, "__deepcopy__": _deepcopy_graph_module}
     namespace |= adapters.overrides(original)
-    return type(original)(original.__name__, (original,), namespace)
+    metaclass: Any = type(original)
+    return metaclass(original.__name__, (original,), namespace)
 
 
 def _declaring_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,7 +123,7 @@ def _compiled_call(module: nn.Module) -> Callable[..., Any]:
 
         bound = types.MethodType(type(module).forward, module)
         call = module.__dict__[CALL] = _torch.compile_dynamo(bound, eager)
-    return call  # type: ignore[no-any-return]
+    return call
 
 
 def _compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -187,7 +189,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
             "a transformed torch.fx.GraphModule cannot be pickled: save its mHC weights with "
             "mhc_compile.save and the plain module after mhc_compile.revert"
         )
-    state = self.__getstate__()  # type: ignore[attr-defined]
+    state = self.__getstate__()
     if isinstance(state, dict):
         left_out = (*OWN_ATTRIBUTES, "_compiled_call_impl")
         state = {k: v for k, v in state.items() if k not in left_out}
@@ -209,7 +211,7 @@ def _deepcopy_graph_module(self: fx.GraphModule, memo: dict[int, Any]) -> fx.Gra
     try:
         copied = self.__deepcopy__(memo)
     finally:
-        self.__class__ = swapped  # type: ignore[assignment]
+        self.__class__ = swapped
         if call is not None:
             self.__dict__[CALL] = call
     if "mhc" in self._modules and "mhc" not in copied._modules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from .config import Config
 from .connection import Connection, Connections, Head, StreamParameters
 from .declare import DeclaredSite, Spec
 from .passes.context import Context, Options
+from .passes.dataflow import DataFlow
 from .passes.errors import (
     DoubleTransformError,
     GraphBreakError,
@@ -75,7 +77,7 @@ def transform(
     gm, context, graphs = examine(model, *call, config)
     detection = context.detection
     assert detection is not None
-    _check_unbroken(model, detection, graphs, call)
+    _check_unbroken(model, gm, detection, graphs, call)
     if not detection.sites or all(s.excluded for s in detection.sites):
         raise NoSitesError(_no_sites(model, detection))
     attach(model, gm, detection, config)
@@ -163,21 +165,29 @@ def context_of(gm: fx.GraphModule, inputs: list[Any], model: nn.Module, config: 
 
 
 def _check_unbroken(
-    model: nn.Module, detection: Detection, graphs: list[CapturedGraph], call: Any
+    model: nn.Module,
+    gm: fx.GraphModule,
+    detection: Detection,
+    graphs: list[CapturedGraph],
+    call: Any,
 ) -> None:
     """A chain must lie in one graph; otherwise its streams would be collapsed at the break."""
     if len(graphs) == 1:
         return
+    flow = DataFlow(gm.graph)
+    runs = Counter(id(g.gm) for g in graphs)
     for chain in detection.chains:
-        numbers = {n.meta.get(GRAPH_NUMBER) for s in chain for n in (s.x, *s.adds)} - {None}
-        if len(numbers) > 1:
+        inside = (n for s in chain for n in flow.region(s.x, s.adds) if flow.depends(n, s.x))
+        parts = {n.meta[GRAPH_NUMBER] for n in inside if GRAPH_NUMBER in n.meta}
+        # A graph that ran for several modules says of one of them only which they are.
+        if len(parts) > 1 or any(runs[id(graphs[part].gm)] > 1 for part in parts):
             where = next((g.broken_at for g in graphs if g.broken_at), None)
             raise GraphBreakError(
-                f"Dynamo breaks the graph of {type(model).__name__} inside a residual stream "
-                f"(between {chain[0].name} and {chain[-1].name}), at "
-                f"{where or first_break(model, *call)}. Remove the break: no print or .item() "
-                "between residual adds; a randomly dropped layer becomes x + mask * F(x) with a "
-                "tensor mask, or layerdrop=0."
+                f"Dynamo breaks the graph of {type(model).__name__} inside a residual stream, or "
+                f"between several runs of it (adds from {chain[0].location} to "
+                f"{chain[-1].location}), at {where or first_break(model, *call)}. Remove the "
+                "break: no print or .item() between residual adds; a randomly dropped layer "
+                "becomes x + mask * F(x) with a tensor mask, or layerdrop=0."
             )
 
 

@@ -21,7 +21,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .context import Context, PassResult
-from .dataflow import is_mutation
+from .dataflow import eliminate_dead_code, is_mutation
 from .operators import Kind, holds_tensor, is_float_tensor, kind_of, op_name, same_shape, value_of
 
 __all__ = ["canonicalize"]
@@ -37,7 +37,7 @@ def canonicalize(gm: fx.GraphModule, context: Context) -> PassResult:
         "adds respelled": _unify_adds(gm.graph),
         "RMSNorms joined": _join_rms_norms(gm.graph),
     }
-    gm.graph.eliminate_dead_code()
+    eliminate_dead_code(gm.graph)
     notes = [f"{count} {what}" for what, count in steps.items() if count]
     return PassResult(gm, changed=bool(notes), notes=notes)
 
@@ -306,7 +306,9 @@ def _match_rms_norm(node: fx.Node) -> tuple[fx.Node, float] | None:
     name = op_name(node)
     if name not in ("mul", "multiply", "div", "truediv", "divide") or len(node.args) != 2:
         return None
-    pairs = [node.args] if name not in ("mul", "multiply") else [node.args, node.args[::-1]]
+    pairs: list[Any] = (
+        [node.args] if name not in ("mul", "multiply") else [node.args, node.args[::-1]]
+    )
     for x, factor in pairs:
         if not (is_float_tensor(x) and isinstance(factor, fx.Node) and same_shape(x, node)):
             continue

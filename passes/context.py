@@ -71,7 +71,6 @@ class Context:
         homes: chains whose home module (the lowest common ancestor of its owners) was entered
             in this graph.
         broken_at: where and why the capture of this graph ended early, if it did.
-        autocast: device types for which autocast is on around the graph.
         detection: the result of ``detect``.
     """
 
@@ -81,7 +80,6 @@ class Context:
     declarations: dict[str, list[Declaration]] | None = None
     homes: frozenset[int] = frozenset()
     broken_at: str | None = None
-    autocast: frozenset[str] = frozenset()
     detection: Detection | None = None
 
 

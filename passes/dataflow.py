@@ -13,7 +13,7 @@ from torch import fx
 
 from .operators import Kind, holds_tensor, kind_of, op_name
 
-__all__ = ["DataFlow", "is_mutation"]
+__all__ = ["DataFlow", "eliminate_dead_code", "is_mutation"]
 
 _WRITERS = frozenset({"setitem", "copy_", "fill_", "zero_"})
 
@@ -29,6 +29,15 @@ def is_mutation(node: fx.Node) -> bool:
     if name in ("iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "ixor"):
         return True
     return name.endswith("_") and not name.startswith("_")
+
+
+def eliminate_dead_code(graph: fx.Graph) -> None:
+    """Erase what nobody reads, except writes: fx takes ``keys.index_copy_(...)`` for dead code."""
+
+    def has_effect(node: fx.Node) -> bool:
+        return node.is_impure() or is_mutation(node) or bool(node.kwargs.get("inplace"))
+
+    graph.eliminate_dead_code(has_effect)
 
 
 class DataFlow:

@@ -549,6 +549,6 @@ def _in_control_flow(order: list[fx.Node]) -> list[Rejected]:
             found += [
                 Rejected(node, Reason.CONTROL_FLOW, branch_name=n.name, location=location_of(n))
                 for n in module.graph.nodes
-                if _is_add(n) and same_shape(n.args[0], n) and same_shape(n.args[1], n)  # type: ignore[arg-type]
+                if _is_add(n) and same_shape(n.args[0], n) and same_shape(n.args[1], n)
             ]
     return found

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from .autocast import enter_autocast_off, exit_autocast
 from .operators import value_of
 
 __all__ = ["set_example_value"]
@@ -17,16 +16,18 @@ def set_example_value(node: fx.Node) -> None:
     """Compute ``meta["example_value"]`` of a node from its inputs' values, without data."""
     if node.op not in ("call_function", "call_method") or "example_value" in node.meta:
         return
-    if node.target in (enter_autocast_off, exit_autocast):
-        return
     values = [value_of(n) for n in node.all_input_nodes]
     mode = next((v.fake_mode for v in _tensors(values) if hasattr(v, "fake_mode")), None)
-    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), _value)
     with torch.no_grad(), mode if mode is not None else torch.no_grad():
         if isinstance(node.target, str):
             node.meta["example_value"] = getattr(args[0], node.target)(*args[1:], **kwargs)
         else:
-            node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            node.meta["example_value"] = node.target(*args, **kwargs)
+
+
+def _value(node: fx.Node) -> Any:
+    return value_of(node)
 
 
 def _tensors(values: list[Any]) -> list[Any]:

@@ -50,8 +50,8 @@ def streamwise_operands(node: fx.Node) -> list[fx.Node]:
     kind, name = kind_of(node), op_name(node)
     first = node.args[0] if node.args else None
     if kind is Kind.POINTWISE:
-        floats = [a for a in node.args if is_float_tensor(a)]
-        return [a for a in dict.fromkeys(floats) if same_shape(a, node)]  # type: ignore[arg-type]
+        floats: list[Any] = [a for a in node.args if is_float_tensor(a)]
+        return [a for a in dict.fromkeys(floats) if same_shape(a, node)]
     if not is_float_tensor(first):
         return []
     assert isinstance(first, fx.Node)
@@ -91,9 +91,7 @@ def transfer_axis(node: fx.Node, operand: fx.Node, axis: int) -> int | None:
     return axis
 
 
-def apply_streamwise(
-    node: fx.Node, operand: fx.Node, streams: fx.Proxy, axis: int, n: int
-) -> fx.Proxy:
+def apply_streamwise(node: fx.Node, operand: fx.Node, streams: Any, axis: int, n: int) -> Any:
     """Write a stream-wise operation on n streams into the graph.
 
     Args:
@@ -125,13 +123,13 @@ def apply_streamwise(
     return from_front(result, new_axis)
 
 
-def to_front(streams: fx.Proxy, axis: int) -> fx.Proxy:
+def to_front(streams: Any, axis: int) -> Any:
     """``[..., n, C]`` -> ``[n, ..., C, ...]`` with the channels at ``axis`` from the right."""
     front = torch.movedim(streams, -2, 0)
     return front if axis == -1 else torch.movedim(front, -1, axis)
 
 
-def from_front(front: fx.Proxy, axis: int) -> fx.Proxy:
+def from_front(front: Any, axis: int) -> Any:
     """The inverse of ``to_front``."""
     streams = front if axis == -1 else torch.movedim(front, axis, -1)
     return torch.movedim(streams, 0, -2)
@@ -157,7 +155,7 @@ def _norms_rows(node: fx.Node) -> bool:
     return op_name(node) in _ROW_NORMS and is_row
 
 
-def _substitute(node: fx.Node, operand: fx.Node, value: fx.Proxy) -> fx.Proxy:
+def _substitute(node: fx.Node, operand: fx.Node, value: Any) -> Any:
     """The same operation on another operand."""
 
     def swap(n: fx.Node) -> fx.Node:
@@ -168,7 +166,7 @@ def _substitute(node: fx.Node, operand: fx.Node, value: fx.Proxy) -> fx.Proxy:
     return fx.Proxy(made, value.tracer)
 
 
-def _moved(node: fx.Node, operand: fx.Node, front: fx.Proxy, n: int) -> fx.Proxy:
+def _moved(node: fx.Node, operand: fx.Node, front: Any, n: int) -> Any:
     """A view of one stream as a view of the front layout."""
     name, rank = op_name(node), len(shape_of(operand))
     if name in _PERMUTES:
@@ -184,13 +182,16 @@ def _moved(node: fx.Node, operand: fx.Node, front: fx.Proxy, n: int) -> fx.Proxy
         return front.flatten(first % rank + 1, last % rank + 1)
     if name == "unflatten":
         dim = _dims(node)[0] % rank
-        sizes = node.args[2] if len(node.args) > 2 else node.kwargs["sizes"]
-        return front.unflatten(dim + 1, sizes)
-    sizes = node.kwargs.get("shape", node.kwargs.get("size", node.args[1:]))
-    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):  # type: ignore[arg-type,index]
-        sizes = sizes[0]  # type: ignore[index]
-    sizes = fx.map_arg(sizes, lambda s: fx.Proxy(s, front.tracer))
-    return front.reshape(n, *sizes)
+        return front.unflatten(dim + 1, _sizes(node, front, first=2, names=("sizes",)))
+    return front.reshape(n, *_sizes(node, front, first=1, names=("shape", "size")))
+
+
+def _sizes(node: fx.Node, front: Any, *, first: int, names: tuple[str, ...]) -> Any:
+    """The sizes among a view's arguments, symbolic ones as proxies."""
+    given: Any = next((node.kwargs[k] for k in names if k in node.kwargs), node.args[first:])
+    if len(given) == 1 and isinstance(given[0], (tuple, list)):
+        given = given[0]
+    return [fx.Proxy(s, front.tracer) if isinstance(s, fx.Node) else s for s in given]
 
 
 def _dims(node: fx.Node) -> list[int]:
@@ -208,13 +209,14 @@ def _permutation(node: fx.Node, rank: int) -> list[int]:
     name = op_name(node)
     order = list(range(rank))
     if name == "permute":
-        dims = node.kwargs.get("dims") or node.args[1:]
-        if len(dims) == 1 and isinstance(dims[0], (tuple, list)):  # type: ignore[arg-type,index]
-            dims = dims[0]  # type: ignore[index]
-        return [d % rank for d in dims]  # type: ignore[union-attr,operator]
+        dims: Any = node.kwargs.get("dims") or node.args[1:]
+        if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
+            dims = dims[0]
+        return [d % rank for d in dims]
     if name in ("movedim", "moveaxis"):
         labelled = torch.empty(*range(2, rank + 2), device="meta")
-        return [size - 2 for size in torch.movedim(labelled, *node.args[1:3]).shape]  # type: ignore[call-overload]
+        moved: Any = torch.movedim
+        return [size - 2 for size in moved(labelled, *node.args[1:3]).shape]
     first, second = (0, 1) if name == "t" else _dims(node)[:2]
     order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
     return order

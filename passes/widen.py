@@ -16,21 +16,23 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..kernels import reference
-from .autocast import enter_autocast_off, exit_autocast
 from .context import Context, PassResult
-from .dataflow import DataFlow
+from .dataflow import DataFlow, eliminate_dead_code
 from .detect import is_reduction_of
 from .fake import set_example_value
-from .operators import Kind, holds_tensor, kind_of, op_name, value_of
+from .operators import Kind, holds_tensor, kind_of, value_of
 from .sites import Detection, Site
 from .streamwise import apply_streamwise, transfer_axis
 
-__all__ = ["widen"]
+__all__ = ["branch_input", "widen"]
+
+_INHERITED = ("nn_module_stack", "stack_trace", "source_fn_stack", "recompute", "ac_graph_id")
 
 
 def widen(gm: fx.GraphModule, context: Context) -> PassResult:
@@ -39,7 +41,7 @@ def widen(gm: fx.GraphModule, context: Context) -> PassResult:
     if detection is None or not detection.sites:
         return PassResult(gm, changed=False, notes=["no sites in this graph"])
     _Widener(gm.graph, detection, context).run()
-    gm.graph.eliminate_dead_code()
+    eliminate_dead_code(gm.graph)
     streams = f"{len(detection.chains)} chains of {context.options.n} streams"
     return PassResult(gm, changed=True, notes=[f"{len(detection.sites)} sites widened, {streams}"])
 
@@ -56,7 +58,6 @@ class _Widener:
         self.options = context.options
         self.tracer = fx.proxy.GraphAppendingTracer(graph)
         self.flow = DataFlow(graph)
-        self.autocast = _autocast_regions(graph, context.autocast)
         self.site_at = {site.node: site for site in detection.sites}
         self.regions = {s: self.flow.region(s.x, s.branch) for s in detection.sites}
         self.heads = {c[0].chain: c[-1].parameters[3:] for c in detection.chains}
@@ -66,7 +67,7 @@ class _Widener:
         self.inputs: dict[fx.Node, fx.Node] = {}  # a marker -> h
         self.streams: dict[fx.Node, fx.Node] = {}  # a state -> its n streams [..., n, C]
         self.origin: dict[fx.Node, tuple[Site, int]] = {}  # a state -> a site, its channel axis
-        self.coefficients: dict[Site, tuple[fx.Proxy, fx.Proxy, fx.Proxy]] = {}
+        self.coefficients: dict[Site, tuple[Any, Any, Any]] = {}
         self.starts: set[fx.Node] = set()
 
     def run(self) -> None:
@@ -105,13 +106,14 @@ class _Widener:
         """Coefficients and the branch's input: everything that needs X and not F."""
         dtype = _dtype(site.x)
         with self._writing(before=mark, like=site.node):
-            streams = fx.Proxy(self._streams_at_start(site), self.tracer)
+            streams = self._proxy(self._streams_at_start(site))
+            h: Any
             if site.excluded:
                 h = reference.readout(streams, "mean", dtype=dtype, compute_dtype=_exact(dtype))
             else:
                 compute = _dtype(site.parameters[0])
-                phi, alpha, bias = (fx.Proxy(p, self.tracer) for p in site.parameters[:3])
-                self.coefficients[site] = coefficients = reference.coefficients(
+                phi, alpha, bias = (self._proxy(p) for p in site.parameters[:3])
+                coefficients: Any = reference.coefficients(
                     streams,
                     phi,
                     alpha,
@@ -122,9 +124,13 @@ class _Widener:
                     eps=self.options.eps,
                     compute_dtype=compute,
                 )
+                for name, value in zip(("H_pre", "H_post", "H_res"), coefficients, strict=True):
+                    value.node._rename(name)
+                self.coefficients[site] = coefficients
                 h = reference.pre(coefficients[0], streams, dtype=dtype, compute_dtype=compute)
             if site.channel_in != -1:
                 h = torch.movedim(h, -1, site.channel_in)
+            h.node._rename("h")
         mark.replace_all_uses_with(h.node)
         self.inputs[mark] = h.node
         self.graph.erase_node(mark)
@@ -133,10 +139,10 @@ class _Widener:
         """The streams of x: those of the chain so far, or the first of a chain."""
         if site.x not in self.streams:
             x = self.inputs.get(site.x, site.x)
-            single = fx.Proxy(x, self.tracer)
+            single = self._proxy(x)
             if site.channel_in != -1:
                 single = torch.movedim(single, site.channel_in, -1)
-            streams = reference.expand(single, self.options.n)
+            streams: Any = reference.expand(single, self.options.n)
             if self.options.stream_dtype is not None:
                 streams = streams.to(self.options.stream_dtype)
             self._set_streams(site.x, streams, site, site.channel_in)
@@ -147,13 +153,13 @@ class _Widener:
         """X' = H_res X + H_post^T F(h), in place of the sum."""
         dtype = self.options.stream_dtype or _dtype(site.node)
         with self._writing(before=site.node, like=site.node):
-            terms = [fx.Proxy(self.inputs.get(t, t), self.tracer) for t in site.branch]
+            terms = [self._proxy(self.inputs.get(t, t)) for t in site.branch]
             f = terms[0]
             for term in terms[1:]:
                 f = operator.add(f, term)
             if site.channel != -1:
                 f = torch.movedim(f, site.channel, -1)
-            streams = fx.Proxy(self.streams[site.skip], self.tracer)
+            streams = self._proxy(self.streams[site.skip])
             if site.excluded:
                 result = (streams + f.unsqueeze(-2)).to(dtype)
             else:
@@ -170,8 +176,8 @@ class _Widener:
         new_axis = transfer_axis(node, operand, axis)
         assert new_axis is not None
         self._widen_reductions(node, operand)
-        with self._writing(before=node, like=node, as_is=True):
-            streams = fx.Proxy(self.streams[operand], self.tracer)
+        with self._writing(before=node, like=node):
+            streams = self._proxy(self.streams[operand])
             physical = self.inputs.get(operand, operand)
             if self.options.stream_dtype is not None:
                 streams = streams.to(_dtype(operand))
@@ -191,7 +197,8 @@ class _Widener:
                     user.replace_input_with(operand, self.streams[operand])
                     user.meta.pop("example_value", None)
 
-    def _set_streams(self, state: fx.Node, streams: fx.Proxy, site: Site, axis: int) -> None:
+    def _set_streams(self, state: fx.Node, streams: Any, site: Site, axis: int) -> None:
+        streams.node._rename("X")
         self.streams[state] = streams.node
         self.origin[state] = (site, axis)
 
@@ -221,10 +228,10 @@ class _Widener:
         site, axis = self.origin[state]
         dtype = _dtype(state)
         with self._writing(before=state, like=state):
-            streams = fx.Proxy(self.streams[state], self.tracer)
+            streams = self._proxy(self.streams[state])
             if self.options.readout == "head":
-                phi, alpha, bias = (fx.Proxy(p, self.tracer) for p in self.heads[site.chain])
-                single = reference.head_readout(
+                phi, alpha, bias = (self._proxy(p) for p in self.heads[site.chain])
+                single: Any = reference.head_readout(
                     streams,
                     phi,
                     alpha,
@@ -245,30 +252,22 @@ class _Widener:
 
     # --- writing nodes --------------------------------------------------------------------------
 
+    def _proxy(self, node: fx.Node) -> Any:
+        """A node as an operand of the functions in ``kernels.reference``, which take tensors."""
+        return fx.Proxy(node, self.tracer)
+
     @contextmanager
-    def _writing(self, *, before: fx.Node, like: fx.Node, as_is: bool = False) -> Iterator[None]:
+    def _writing(self, *, before: fx.Node, like: fx.Node) -> Iterator[None]:
         """Nodes written inside stand before a node, with the origin and recompute tags of another.
 
-        Under autocast the coefficients would lose their precision: it is turned off around
-        everything but the model's own operations (``as_is``).
+        Autocast around them needs no care: the functions of ``reference`` keep their precision.
         """
         previous = before.prev
-        devices = () if as_is else self.autocast.get(like, ())
         with self.graph.inserting_before(before):
-            modes = [self.graph.call_function(enter_autocast_off, (d,)) for d in devices]
             yield
-            for mode in reversed(modes):
-                self.graph.call_function(exit_autocast, (mode,))
-        inherited = (
-            "nn_module_stack",
-            "stack_trace",
-            "source_fn_stack",
-            "recompute",
-            "ac_graph_id",
-        )
         node = previous.next
         while node is not before:
-            node.meta.update({k: like.meta[k] for k in inherited if k in like.meta})
+            node.meta.update({k: like.meta[k] for k in _INHERITED if k in like.meta})
             set_example_value(node)
             node = node.next
 
@@ -312,20 +311,3 @@ def _dtype(node: fx.Node) -> torch.dtype:
 def _exact(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums over streams accumulate."""
     return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def _autocast_regions(graph: fx.Graph, around: frozenset[str]) -> dict[fx.Node, tuple[str, ...]]:
-    """For every node the device types for which autocast is on."""
-    active = [dict.fromkeys(around, True)]
-    entered: dict[fx.Node, int] = {}
-    regions: dict[fx.Node, tuple[str, ...]] = {}
-    for node in graph.nodes:
-        name = op_name(node)
-        if name == "_enter_autocast":
-            device, enabled = str(node.args[0]), bool(node.args[2])
-            entered[node] = len(active)
-            active.append({**active[-1], device: enabled})
-        elif name == "_exit_autocast":
-            del active[entered[node.args[0]] :]  # type: ignore[index]
-        regions[node] = tuple(sorted(d for d, on in active[-1].items() if on))
-    return regions

@@ -15,7 +15,7 @@ THIRD_PARTY = {
     "passes": {"torch", "networkx", "sympy"},
     "mhc_compile": {
         *("torch", "triton", "networkx", "sympy", "numpy", "rich", "typer", "safetensors"),
-        *("transformers",),
+        *("jinja2", "transformers"),
     },
 }
 # What a floor must not know, although torch carries it.

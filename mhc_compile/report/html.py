@@ -24,7 +24,7 @@ _TEMPLATE = """\
 <title>{{ summary }}</title>
 <style>
   :root { color-scheme: light dark }
-  body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
+  body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem }
   h1 { font-size: 1.25rem }
   h2 { font-size: 1rem; margin: 2rem 0 .5rem }
   table { border-collapse: collapse; width: 100% }

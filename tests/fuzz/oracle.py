@@ -179,9 +179,16 @@ class Oracle:
             if op_name(total) != "add" or op_name(self.operands[total][0]) != "mean":
                 continue
             (square,) = self.operands[self.operands[total][0]]
-            if op_name(square) in {"pow", "square", "mul"} and set(self.operands[square]) == {v}:
+            squared = {self.before_casts(o) for o in self.operands[square]}
+            if op_name(square) in {"pow", "square", "mul"} and squared == {self.before_casts(v)}:
                 return v
         return None
+
+    def before_casts(self, node: fx.Node) -> fx.Node:
+        """What a node is a cast of, itself if it is none."""
+        while op_name(node) in CASTS:
+            node = self.operands[node][0]
+        return node
 
     # -- sum trees -------------------------------------------------------------------------------
 
