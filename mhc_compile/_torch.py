@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._inductor.config
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
@@ -53,6 +54,7 @@ __all__ = [
     "inductor_options",
     "is_forced_eager",
     "is_inductor_option",
+    "is_symbolically_traced",
     "partition_eagerly",
     "pytree",
     "register_effectful",
@@ -69,7 +71,9 @@ def register_effectful(operator: torch._ops.OpOverload) -> None:
     has_side_effect(operator)
 
 
-def compile_dynamo(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+def compile_dynamo(
+    function: Callable[..., Any], backend: Callable[..., Any], *, dynamic: bool | None = None
+) -> Callable[..., Any]:
     """``torch.compile`` with a cache of its own, so that instances do not share a limit.
 
     ``recompile_limit`` and ``isolate_recompiles`` are public arguments of torch.compile in 2.13;
@@ -78,7 +82,7 @@ def compile_dynamo(function: Callable[..., Any], backend: Callable[..., Any]) ->
     known = inspect.signature(torch.compile).parameters
     wanted = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
     settings: dict[str, Any] = {k: v for k, v in wanted.items() if k in known}
-    return torch.compile(function, backend=backend, **settings)
+    return torch.compile(function, backend=backend, dynamic=dynamic, **settings)
 
 
 @contextmanager
@@ -86,13 +90,15 @@ def dynamo_settings() -> Iterator[None]:
     """Dynamo's configuration around one of our calls.
 
     ``optimize_ddp`` would cut the graph at DistributedDataParallel's buckets, in the middle of
-    the streams, before a backend sees it.
+    the streams, before a backend sees it; Inductor's ``freezing`` would make constants of the
+    parameters that ``declare`` hands to the backend.
     """
-    with torch._dynamo.config.patch(
+    dynamo = torch._dynamo.config.patch(
         optimize_ddp=False,
         recompile_limit=RECOMPILE_LIMIT,
         accumulated_recompile_limit=4 * RECOMPILE_LIMIT,
-    ):
+    )
+    with dynamo, torch._inductor.config.patch(freezing=False):
         yield
 
 
@@ -111,13 +117,19 @@ def break_in_words(error: BaseException) -> str:
 
 
 def graph_breaks() -> int:
-    """How many times Dynamo has broken a graph in this process."""
-    return sum(torch._dynamo.utils.counters["graph_break"].values())
+    """How many times Dynamo has broken a graph since it was last reset."""
+    counters = torch._dynamo.utils.counters
+    return sum(sum(counters.get(kind, {}).values()) for kind in ("graph_break", "unimplemented"))
 
 
 def is_forced_eager() -> bool:
     """Whether ``torch.compiler.set_stance("force_eager")`` is in force."""
     return torch._dynamo.eval_frame._stance.stance == "force_eager"
+
+
+def is_symbolically_traced() -> bool:
+    """Whether ``torch.fx.symbolic_trace`` or ``make_fx`` is tracing the code that runs."""
+    return bool(torch.fx._symbolic_trace._is_fx_tracing_flag)
 
 
 def break_reason(gm: fx.GraphModule) -> str | None:
@@ -160,9 +172,7 @@ def user_frame(error: BaseException) -> str:
 
 def is_inductor_option(name: str) -> bool:
     """Whether a name is one of Inductor's configuration entries."""
-    import torch._inductor.config as config
-
-    return name.replace("-", "_") in config._config  # type: ignore[attr-defined]
+    return name.replace("-", "_") in torch._inductor.config._config  # type: ignore[attr-defined]
 
 
 def inductor_options(mode: str | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from .config import Config
 from .declare import Spec, collect, declaration_nodes
 from .passes.canonicalize import canonicalize
 from .passes.context import Context
-from .passes.errors import GraphBreakError, MhcError, NoSitesError
+from .passes.errors import GraphBreakError, MhcError, NoSitesError, UnsupportedError
 from .passes.pipeline import PIPELINE
 from .passes.runner import Pass, run_pipeline
 from .passes.sites import stack_of
 from .transform import attach, context_of, options_of
 
-__all__ = ["eager", "mhc"]
+__all__ = ["check_options", "eager", "mhc"]
 
 Runner = Callable[..., Any]
 
@@ -53,13 +54,13 @@ def mhc(
         ValueError: an option that neither ``Config`` nor Inductor knows.
         MhcError: see ``transform``.
     """
-    config, patches = _split_options(options or {}, mode)
+    own, patches = _split_options(options or {}, mode)
     patches["post_grad_custom_pre_pass"] = SourceKey()
 
     def lower(graph: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
         return _torch.compile_inductor(graph, inputs, patches)
 
-    return _compile(gm, list(example_inputs), config, lower)
+    return _compile(gm, list(example_inputs), own, lower)
 
 
 def eager(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Runner:
@@ -70,17 +71,19 @@ def eager(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Runner:
 def _compile(
     gm: fx.GraphModule,
     example_inputs: list[Any],
-    config: Config | None,
+    own: Mapping[str, Any] | None,
     lower: Callable[[fx.GraphModule, Sequence[Any]], Runner],
 ) -> Runner:
+    """All passes on one graph; ``own`` are options of this library, None for a plain call."""
     captured, work = copy_graph(gm), copy_graph(gm)
     declared = _declared_config(work)
     if declared is None:
         module = _torch.calling_module()
-        if config is not None and not _is_transformed(module):
-            return _first_call_of_plain(gm, example_inputs, config, lower, module)
+        if own is not None and not _is_transformed(module):
+            return _first_call_of_plain(gm, example_inputs, Config(**own), lower, module)
         return lower(work, example_inputs)  # a part of the model without a site
-    _check_options(config, declared)
+    _refuse_constants(work)
+    _require_agreement(own or {}, declared)
     context = Context(
         options_of(declared),
         trainable=_trainable(work, example_inputs),
@@ -122,6 +125,17 @@ def _declared_config(gm: fx.GraphModule) -> Config | None:
     return None
 
 
+def _refuse_constants(gm: fx.GraphModule) -> None:
+    """Parameters must be inputs of the graph."""
+    for node in declaration_nodes(gm.graph):
+        if any(parameter.op == "get_attr" for parameter in node.args[0]):  # type: ignore[union-attr]
+            raise UnsupportedError(
+                "torch._inductor.config.freezing makes constants of the parameters of a "
+                "transformed model. Turn it off, or use model.compile(backend='mhc') in place of "
+                "torch.compile(model, backend='mhc'): it does so for its own calls."
+            )
+
+
 def _erase_declarations(gm: fx.GraphModule) -> None:
     """Only where a disabled pass left them: running one raises."""
     for node in list(declaration_nodes(gm.graph)):
@@ -139,7 +153,19 @@ def _trainable(gm: fx.GraphModule, inputs: Sequence[Any]) -> frozenset[str]:
 # --- options ------------------------------------------------------------------------------------
 
 
-def _split_options(options: Mapping[str, Any], mode: str | None) -> tuple[Config, dict[str, Any]]:
+def check_options(options: Mapping[str, Any] | None, declared: Config) -> None:
+    """Refuse options that a model transformed with ``declared`` cannot be compiled with.
+
+    Raises:
+        ValueError: an option is unknown, out of range, or contradicts ``declared``.
+    """
+    _require_agreement(_split_options(options or {}, None)[0], declared)
+
+
+def _split_options(
+    options: Mapping[str, Any], mode: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of this library and options of Inductor."""
     own = {k: v for k, v in options.items() if k in Config.__dataclass_fields__}
     patches = _torch.inductor_options(mode)
     for name, value in options.items():
@@ -151,22 +177,16 @@ def _split_options(options: Mapping[str, Any], mode: str | None) -> tuple[Config
                 f"mhc_compile.Config ({', '.join(Config.__dataclass_fields__)}) and Inductor's"
             )
         patches[name.replace("-", "_")] = value
-    return _config_of(tuple(sorted(own.items()))), patches
+    return own, patches
 
 
-@functools.lru_cache(maxsize=64)
-def _config_of(own: tuple[tuple[str, Any], ...]) -> Config:
-    config = Config(**dict(own))
-    object.__setattr__(config, "_given", frozenset(k for k, _ in own))
-    return config
-
-
-def _check_options(config: Config | None, declared: Config) -> None:
+def _require_agreement(own: Mapping[str, Any], declared: Config) -> None:
     """Options given for a transformed model must not contradict what it was transformed with."""
-    for name in getattr(config, "_given", ()):
-        if getattr(config, name) != getattr(declared, name):
+    asked = replace(declared, **own)
+    for name in own:
+        if getattr(asked, name) != getattr(declared, name):
             raise ValueError(
-                f"backend 'mhc': options[{name!r}] = {getattr(config, name)!r}, but the model was "
+                f"backend 'mhc': options[{name!r}] = {getattr(asked, name)!r}, but the model was "
                 f"transformed with {getattr(declared, name)!r}; leave the option out, or call "
                 "mhc_compile.revert and transform the model again"
             )

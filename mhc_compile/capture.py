@@ -100,7 +100,7 @@ def capture(
         return run
 
     mode = _fake_mode(args, kwargs)
-    call = _torch.compile_dynamo(model, record)
+    call = _torch.compile_dynamo(model, record, dynamic=False)
     breaks, state = _torch.graph_breaks(), random.getstate()
     with _unchanged(model), _torch.dynamo_settings(), torch.enable_grad(), mode:
         args, kwargs = pytree.tree_map_only(Tensor, _fake(mode, model), (args, dict(kwargs)))
@@ -179,6 +179,8 @@ def merge(graphs: list[CapturedGraph]) -> tuple[fx.GraphModule, list[Any]]:
                 continue
             with graph.inserting_after(last) if node.op == "placeholder" else _here():
                 new = graph.node_copy(node, lambda n, c=copied: c[n])  # type: ignore[misc]
+            if node.op == "placeholder" and number:  # one name may come from several graphs
+                new.target = new.name
             new.meta[GRAPH_NUMBER] = number
             copied[node] = new
             if node.op == "placeholder":

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .kernels.variants import VARIANTS, Variant, get_variant
+from .passes.pipeline import PIPELINE
 
 INITS = ("preserve", "paper")
 READOUTS = ("mean", "sum", "head")
@@ -87,6 +88,7 @@ class Config:
         self._set("stream_dtype", _dtype_name(self.stream_dtype))
         for name in ("include", "exclude", "disabled"):
             self._set(name, _strings(name, getattr(self, name)))
+        _check_passes(self.disabled)
         if self.n > 1:
             self.variant_object.check(self.n)
 
@@ -148,6 +150,14 @@ def _check_real(
     if high < math.inf:
         bounds += f" and less than {high:g}"
     raise ValueError(f"Config: {name} must be a number {bounds}, got {value!r}")
+
+
+def _check_passes(disabled: tuple[str, ...]) -> None:
+    known = [step.name for step in PIPELINE]
+    if unknown := [name for name in disabled if name not in known]:
+        raise ValueError(
+            f"Config: disabled names no pass: {', '.join(unknown)}; passes are {', '.join(known)}"
+        )
 
 
 def _dtype_name(value: object) -> str | None:

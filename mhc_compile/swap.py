@@ -14,15 +14,16 @@ from __future__ import annotations
 import contextvars
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from . import _torch, adapters
-from .declare import declare
-from .passes.errors import NotCapturedError, UnsupportedError
+from .declare import Spec, declare
+from .passes.errors import MhcError, NotCapturedError, UnsupportedError
 
 __all__ = ["is_swapped", "original_class", "restore", "swap"]
 
@@ -80,6 +81,7 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
         "_mhc_original": original,
         "forward": _declaring_forward(original.forward),
         "compile": _compile,
+        "__prepare_scriptable__": _refuse_export,
         "__reduce_ex__": _reduce,
     }
     if issubclass(original, fx.GraphModule):
@@ -104,13 +106,15 @@ def _declaring_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _call_as_root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Capture and run a call made from outside every capture."""
+    if _torch.is_symbolically_traced():
+        _refuse_export()
     outer = _root.get()
     if outer is not None:
         raise NotCapturedError(_why_not_captured(module, outer))
     adapters.before_call(module, kwargs)
     token = _root.set(module)
     try:
-        with _torch.dynamo_settings():
+        with _torch.dynamo_settings(), _own_errors():
             return _compiled_call(module)(*args, **kwargs)
     finally:
         _root.reset(token)
@@ -126,14 +130,29 @@ def _compiled_call(module: nn.Module) -> Callable[..., Any]:
     return call
 
 
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Errors of this library as they were raised, not inside Dynamo's BackendCompilerFailed."""
+    try:
+        yield
+    except _torch.BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, MhcError):
+            raise error.inner_exception from None
+        raise
+
+
 def _compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
     """``nn.Module.compile`` for a transformed module: the same arguments, backend "mhc"."""
     backend = kwargs.get("backend", "inductor")
-    if backend == "inductor":
+    if isinstance(backend, str) and backend != "mhc":
         raise UnsupportedError(
-            "model.compile() of a transformed model needs backend='mhc' (it runs Inductor "
-            "underneath): model.compile(backend='mhc')"
+            f"{type(self).__name__} is transformed: backend {backend!r} would run it with plain "
+            "residuals. Use model.compile(backend='mhc'), which runs Inductor underneath."
         )
+    if backend == "mhc":
+        from .backend import check_options
+
+        check_options(kwargs.get("options"), Spec.from_json(self.__dict__[SPEC]).config)
     nn.Module.compile(self, *args, **kwargs)
     compiled = self._compiled_call_impl
     assert compiled is not None
@@ -141,16 +160,16 @@ def _compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
         adapters.before_call(self, kwargs)
-        with _torch.dynamo_settings():
+        with _torch.dynamo_settings(), _own_errors():
             return compiled(*args, **kwargs)
 
     self._compiled_call_impl = call
 
 
-def _refuse_export() -> None:
+def _refuse_export(*_: Any) -> None:
     raise UnsupportedError(
-        "torch.export and torch.jit.trace cannot take a transformed model: its n-stream graph is "
-        "made at the call. Export the plain model and transform the result: "
+        "torch.export, torch.jit and torch.fx cannot take a transformed model: its n-stream graph "
+        "is made at the call. Export the plain model and transform the result: "
         "mhc_compile.transform(torch.export.export(mhc_compile.revert(model), args).module()), "
         "with mhc_compile.save before it where the mHC weights matter."
     )

@@ -34,7 +34,7 @@ def canonicalize(gm: fx.GraphModule, context: Context) -> PassResult:
     steps = {
         "bodies inlined": _inline_bodies(gm),
         "writes made functional": _remove_in_place(gm.graph),
-        "adds respelled": _unify_adds(gm.graph),
+        "adds respelled": _unify_adds(gm.graph, context),
         "RMSNorms joined": _join_rms_norms(gm.graph),
     }
     eliminate_dead_code(gm.graph)
@@ -62,7 +62,9 @@ def _is_body_call(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _inline_body(gm: fx.GraphModule, call: fx.Node, recompute_id: int) -> None:
     name = op_name(call)
-    body = gm.get_submodule(str(call.args[0].target))  # type: ignore[union-attr]
+    source = call.args[0]
+    assert isinstance(source, fx.Node)
+    body = gm.get_submodule(str(source.target))
     assert isinstance(body, fx.GraphModule)
     arguments = list(call.args[2:] if name == "invoke_subgraph" else call.args[1:])
     copied: dict[fx.Node, Any] = {}
@@ -88,8 +90,8 @@ def _inline_body(gm: fx.GraphModule, call: fx.Node, recompute_id: int) -> None:
     if call.users:
         call.replace_all_uses_with(result)
     gm.graph.erase_node(call)
-    if not call.args[0].users:  # type: ignore[union-attr]
-        gm.graph.erase_node(call.args[0])  # type: ignore[arg-type]
+    if not source.users:
+        gm.graph.erase_node(source)
 
 
 def _adopt_attribute(gm: fx.GraphModule, body: fx.GraphModule, name: str) -> str:
@@ -210,7 +212,7 @@ def _memory_shown_by(node: fx.Node) -> fx.Node | None:
 # --- spellings of add ---------------------------------------------------------------------------
 
 
-def _unify_adds(graph: fx.Graph) -> int:
+def _unify_adds(graph: fx.Graph, context: Context) -> int:
     count = 0
     for node in list(graph.nodes):
         form = (
@@ -219,7 +221,7 @@ def _unify_adds(graph: fx.Graph) -> int:
         if form is None:
             continue
         with graph.inserting_before(node):
-            new = form(graph, node)
+            new = form(graph, node, context)
         if new is not None and new is not node:
             node.replace_all_uses_with(new)
             graph.erase_node(node)
@@ -227,7 +229,7 @@ def _unify_adds(graph: fx.Graph) -> int:
     return count
 
 
-def _add(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+def _add(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node | None:
     if len(node.args) != 2 or not is_float_tensor(node):
         return None
     a, b = node.args
@@ -242,7 +244,7 @@ def _add(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     return _call(graph, node, operator.add, (a, _scaled(graph, node, b, alpha)), {})
 
 
-def _addcmul(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+def _addcmul(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node | None:
     if len(node.args) < 3 or not is_float_tensor(node):
         return None
     product = _call(graph, node, operator.mul, node.args[1:3], {})
@@ -250,10 +252,10 @@ def _addcmul(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     return _call(graph, node, operator.add, (node.args[0], product), {})
 
 
-def _addmm(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+def _addmm(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node | None:
     x = node.args[0] if len(node.args) >= 3 else None
-    if not isinstance(x, fx.Node) or not same_shape(x, node) or x.op == "placeholder":
-        return None  # an input of full shape is a bias, not a stream
+    if not isinstance(x, fx.Node) or not same_shape(x, node) or x.name in context.trainable:
+        return None  # a weight of full shape is a bias, not a stream
     product = _call(graph, node, torch.matmul, node.args[1:3], {})
     product = _scaled(graph, node, product, node.kwargs.get("alpha", 1))
     return _call(

@@ -80,7 +80,7 @@ class _Detector:
     def _visit_streamwise(self, node: fx.Node) -> None:
         """Note from which operand a node carries streams, and where those begin."""
         self.base[node] = node
-        if not is_float_tensor(node) or self._is_written(node):
+        if not is_float_tensor(node) or self._is_written(node) or self._is_recurrent(node):
             return
         candidates = streamwise_operands(node)
         if not candidates:
@@ -191,9 +191,14 @@ class _Detector:
         if any(self._is_later_state(t, x) for t in computed):
             return Reason.SUM_OF_STATES
         base = self.base.get(x, x)
-        if _is_constant(base) and not self._is_learned(x, computed):
+        begins = _is_constant(base) or self._is_recurrent(base)
+        if begins and not self._is_learned(x, computed):
             return Reason.RECURRENT_STATE
         return None
+
+    def _is_recurrent(self, node: fx.Node) -> bool:
+        record = self.rejected.get(node)
+        return record is not None and record.reason is Reason.RECURRENT_STATE
 
     def _is_later_state(self, node: fx.Node, x: fx.Node) -> bool:
         """Whether x reaches a node along its stream: through stream-wise steps and skips only."""
@@ -207,27 +212,35 @@ class _Detector:
         return False
 
     def _is_learned(self, x: fx.Node, terms: list[fx.Node]) -> bool:
-        trainable = self.context.trainable
-        region = self.flow.region(x, terms)
-        return any(i.name in trainable for n in region for i in n.all_input_nodes)
+        region = [n for n in self.flow.region(x, terms) if self.flow.depends(n, x)]
+        return any(i.name in self.context.trainable for n in region for i in n.all_input_nodes)
 
     def _why_not(self, terms: list[fx.Node]) -> Reason:
         """Tell a transformed skip from operands that have nothing to do with each other."""
         for skip in terms:
             others = [t for t in terms if t is not skip]
-            end = self.base.get(skip, skip)
-            for source in self.flow.inputs(end):
-                if source.op == "placeholder" and source.name in self.context.trainable:
-                    continue
-                state = self.base.get(source, source)
-                if any(self.flow.computes_from(t, state) for t in others):
-                    mixes = kind_of(end) is Kind.MIXING
-                    gate = op_name(end) in ("mul", "multiply", "where", "lerp", "div", "truediv")
-                    if mixes:
-                        return Reason.PROJECTED_SKIP
-                    if gate:
-                        return Reason.GATED_SKIP
+            state = skip
+            while state in self.up:
+                if self._shares_stream(self.flow.inputs(state), others, but=self.up[state]):
+                    return Reason.GATED_SKIP
+                state = self.up[state]
+            if self._shares_stream(self.flow.inputs(state), others):
+                if kind_of(state) is Kind.MIXING:
+                    return Reason.PROJECTED_SKIP
+                if kind_of(state) is Kind.POINTWISE:
+                    return Reason.GATED_SKIP
         return Reason.INDEPENDENT
+
+    def _shares_stream(
+        self, sources: list[fx.Node], terms: list[fx.Node], but: fx.Node | None = None
+    ) -> bool:
+        """Whether some term is computed from the state that one of the sources comes from."""
+        states = [
+            self.base.get(s, s)
+            for s in sources
+            if s is not but and s.name not in self.context.trainable
+        ]
+        return any(self.flow.computes_from(t, state) for state in states for t in terms)
 
     def _reject(self, node: fx.Node, reason: Reason) -> None:
         self.base[node] = node

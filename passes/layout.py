@@ -109,8 +109,9 @@ def set_axes(site: Site, up: dict[fx.Node, fx.Node], common: int) -> bool:
     if axis is None:
         return False
     site.channel = axis
-    widths = shape_of(site.x)[site.channel_in], shape_of(site.node)[site.channel]
-    if not isinstance(widths[0], int) or widths[0] != widths[1]:
+    # A size that Dynamo first took for dynamic is an expression that became a number.
+    widths = str(shape_of(site.x)[site.channel_in]), str(shape_of(site.node)[site.channel])
+    if not widths[0].isdecimal() or widths[0] != widths[1]:
         return False
-    site.width = widths[0]
+    site.width = int(widths[0])
     return True

@@ -10,7 +10,8 @@ The definitions, on a torch-level graph as Dynamo hands it to a backend:
 - **In-place.** After `x += f` or `x.add_(f)` every later use of x means the sum.
 - **Sum tree.** An add of two float tensors of one shape. An inner add that only the outer add
   uses belongs to the outer tree, unless it is a residual add of another stream: judged by itself
-  it is residual with skip x, and no other term of the whole tree depends on x.
+  it is residual with skip x, and no other term of the whole tree is a branch of that x (depends
+  on it through an operation that mixes channels or tokens).
 - **Stream-wise.** A step from a node to the operand u it transforms one stream at a time: a cast,
   a dropout, a pointwise function whose other operands do not depend on the base of u, a norm over
   the channels, a view that keeps the channel axis. The base of u is where such steps end; a
@@ -234,7 +235,7 @@ class Oracle:
         """Whether an inner add is a residual add of another stream than its siblings'."""
         judged = self.judge(inner, residual)
         x = judged.get(inner)
-        return x is not None and not any(self.depends(sibling, x) for sibling in siblings)
+        return x is not None and not any(self.depends_mixing(t, x) for t in siblings)
 
     def judge(self, add: fx.Node, residual: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
         """`residual`, with the residual adds of the tree whose outermost add this is."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import transformers as hf
 from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from . import own
 
@@ -167,6 +168,9 @@ BART_LIKE = {
     "use_cache": False,
 }
 VIT_LIKE = {
+    # By default 1e-12. A norm in front of the first branch hides the scale of its input, and with
+    # it H_pre of the first site, up to this eps.
+    "layer_norm_eps": 1e-6,
     "image_size": 16,
     "patch_size": 4,
     "hidden_size": 32,
@@ -179,6 +183,24 @@ TWO_PRE_NORM = "2 adds a layer: after attention, after the MLP"
 TWO_POST_NORM = "2 adds a layer, each followed by the norm of the stream"
 ONE_PARALLEL = "1 add a layer: attention and MLP read the same state and are added to it together"
 ENCODER_DECODER = "2 adds an encoder layer, 3 a decoder layer (self, cross, MLP); two streams"
+
+
+class ExactGemmaNorm(Gemma2RMSNorm):
+    """The norm in the model's own dtype."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._norm(x) * (1.0 + self.weight)
+
+
+def norm_in_float64(model: nn.Module) -> None:
+    """Compute Gemma's norms in float64.
+
+    They round to float32. Behind a branch that hits gradients which are sums of two float32
+    numbers: exact ties, so a difference of 1e-16 becomes one of 1e-7.
+    """
+    for module in model.modules():
+        if isinstance(module, Gemma2RMSNorm):
+            module.__class__ = ExactGemmaNorm
 
 
 def batch_experts(model: nn.Module) -> None:
@@ -603,6 +625,7 @@ def two_towers_inputs(batch: int, length: int) -> dict[str, torch.Tensor]:
     return {"ids": ids(batch, length), "image": torch.randn(batch, 3, 16, 16)}
 
 
+SANDWICH = TWO_PRE_NORM + ", norms before and behind the branch"
 EXPERTS = TWO_PRE_NORM + "; the experts are summed inside the MLP"
 STREAM_IN_FP32 = "1 add a layer: the stream, cast to float32 by a flag, plus the mixer"
 PRE_ACTIVATION = "3 blocks in stage 1, 2 in stage 2, whose first block projects its skip"
@@ -613,7 +636,7 @@ ZOO: list[Model] = [
     Model("qwen2", qwen2, text, 6, 1, TWO_PRE_NORM),
     Model("qwen2-moe", qwen2_moe, text, 6, 1, EXPERTS, for_float64=batch_experts),
     Model("mixtral", mixtral, text, 6, 1, EXPERTS, for_float64=batch_experts),
-    Model("gemma2", gemma2, text, 6, 1, TWO_PRE_NORM + ", norms before and behind the branch"),
+    Model("gemma2", gemma2, text, 6, 1, SANDWICH, for_float64=norm_in_float64),
     Model("olmo2", olmo2, text, 6, 1, TWO_PRE_NORM + ", norms only behind the branch"),
     Model("granite", granite, text, 6, 1, TWO_PRE_NORM + ", the branch scaled by a constant"),
     Model("cohere", cohere, text, 3, 1, ONE_PARALLEL + ": (x + a) + m"),

@@ -1,0 +1,269 @@
+"""widen: the n-stream graph computes what the paper's formulas say, written out here again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mhc_compile
+
+from .graphs import WIDTH, Program, stream
+
+N = 3
+
+
+def sinkhorn(logits: Tensor) -> Tensor:
+    m = torch.exp(logits - logits.amax((-2, -1), keepdim=True))
+    for _ in range(20):
+        m = m / m.sum(-2, keepdim=True)
+        m = m / m.sum(-1, keepdim=True)
+    return m
+
+
+def connect(X: Tensor, p) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients of a site, from streams `[..., n, C]` (P eq. 14-19)."""
+    x = X.flatten(-2)
+    y = x @ p.phi / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    a, b = p.alpha, p.bias
+    pre = torch.sigmoid(a[0] * y[..., :N] + b[:N])
+    post = 2 * torch.sigmoid(a[1] * y[..., N : 2 * N] + b[N : 2 * N])
+    res = (a[2] * y[..., 2 * N :] + b[2 * N :]).unflatten(-1, (N, N))
+    return pre, post, sinkhorn(res)
+
+
+def site(X: Tensor, p, branch, skip=lambda S: S) -> Tensor:
+    """X' = H_res skip(X) + H_post^T F(H_pre X); `skip` acts on every stream."""
+    pre, post, res = connect(X, p)
+    f = branch(torch.einsum("...n,...nc->...c", pre, X))
+    return torch.einsum("...ij,...jc->...ic", res, skip(X)) + post[..., None] * f[..., None, :]
+
+
+def expand(x: Tensor) -> Tensor:
+    return torch.stack([x] * N, -2)
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, (WIDTH,))
+
+
+def plain_pre(m, x):
+    x = x + m.a(norm(x))
+    x = x + m.b(x)
+    return norm(x)
+
+
+def truth_pre(m, x):
+    X = site(expand(x), m.mhc.a, lambda h: m.a(norm(h)))
+    X = site(X, m.mhc.b, m.b)
+    return norm(X.mean(-2))
+
+
+def plain_post(m, x):
+    x = norm(x + m.a(x))
+    return norm(x + m.b(x))
+
+
+def truth_post(m, x):
+    X = norm(site(expand(x), m.mhc.a, m.a))
+    return norm(site(X, m.mhc.b, m.b).mean(-2))
+
+
+def plain_scaled(m, x):
+    x = 0.5 * x + m.a(x)
+    x = m.scale * torch.relu(x) + m.b(x)
+    return x, x + m.c(x)
+
+
+def truth_scaled(m, x):
+    X = site(expand(x), m.mhc.a, m.a, lambda S: 0.5 * S)
+    X = site(X, m.mhc.b, m.b, lambda S: m.scale * torch.relu(S))
+    return X.mean(-2), site(X, m.mhc.c, m.c).mean(-2)
+
+
+def plain_parallel(m, x):
+    x = (x + m.a(x)) + m.b(x)
+    return m.c(x) + (torch.ones_like(x) + x)
+
+
+def truth_parallel(m, x):
+    X = site(expand(x), m.mhc.a, lambda h: m.a(h) + m.b(h))
+    return site(X, m.mhc.c, lambda h: m.c(h) + 1).mean(-2)
+
+
+def plain_nested(m, x):
+    h = x + m.a(x)
+    h = h + m.b(h)
+    x = x + m.c(h)
+    return x + m.d(x)
+
+
+def truth_nested(m, x):
+    def branch(h):
+        H = site(expand(h), m.mhc.a, m.a)
+        return m.c(site(H, m.mhc.b, m.b).mean(-2))
+
+    X = site(expand(x), m.mhc.a_1, branch) if "a_1" in m.mhc._modules else None
+    if X is None:
+        X = site(expand(x), m.mhc.c, branch)
+    return site(X, m.mhc.d, m.d).mean(-2)
+
+
+def plain_flat(m, x):
+    x = (x + m.a(x)).view(-1, WIDTH)
+    x = (x + m.b(x)).transpose(0, 1).transpose(0, 1).view(2, 3, WIDTH)
+    return x + m.c(x) + torch.ones(2, 1, 1) * x.detach()
+
+
+def truth_flat(m, x):
+    X = site(expand(x), m.mhc.a, m.a).reshape(-1, N, WIDTH)
+    X = site(X, m.mhc.b, m.b).reshape(2, 3, N, WIDTH)
+    return site(X, m.mhc.c, lambda h: m.c(h)).mean(-2)
+
+
+def plain_masked(m, x):
+    mask = torch.tensor([1.0, 0.25]).view(2, 1, 1)
+    x = x + m.a(x)
+    x = x * mask
+    return x + m.b(x)
+
+
+def truth_masked(m, x):
+    mask = torch.tensor([1.0, 0.25]).view(2, 1, 1, 1)
+    return site(site(expand(x), m.mhc.a, m.a) * mask, m.mhc.b, m.b).mean(-2)
+
+
+CASES = {
+    "pre-norm": (plain_pre, truth_pre),
+    "post-norm": (plain_post, truth_post),
+    "scaled skips, a state read in the middle": (plain_scaled, truth_scaled),
+    "parallel branches": (plain_parallel, truth_parallel),
+    "a chain inside a branch": (plain_nested, truth_nested),
+    "a mask over samples": (plain_masked, truth_masked),
+}
+
+
+def perturbed(plain) -> tuple[Program, Tensor]:
+    model = Program(plain).double()
+    x = stream().double().requires_grad_()
+    mhc_compile.transform(model, n=N, example_inputs=(x,))
+    with torch.no_grad():
+        for p in mhc_compile.parameters(model):
+            p.add_(0.7 * torch.randn_like(p))
+    return model, x
+
+
+def leaves(value) -> list[Tensor]:
+    return list(value) if isinstance(value, tuple) else [value]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_perturbed_graph_agrees_with_truth(name: str) -> None:
+    plain, truth = CASES[name]
+    model, x = perturbed(plain)
+    actual, expected = leaves(model(x)), leaves(truth(model, x))
+    plain_result = leaves(plain(model, x))
+    parameters = [x, *model.parameters()]
+    for a, e, p in zip(actual, expected, plain_result, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+        assert (a - p).norm() > 1e-2 * p.norm()
+    weights = [torch.randn_like(e) for e in expected]
+    gradients = [
+        torch.autograd.grad(
+            sum((w * o).sum() for w, o in zip(weights, outputs, strict=True)),
+            parameters,
+            allow_unused=True,
+        )
+        for outputs in (actual, expected)
+    ]
+    for got, want in zip(*gradients, strict=True):
+        if want is None:
+            assert got is None or not got.any()
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+def test_dropout_on_the_stream_draws_one_mask_for_all_streams() -> None:
+    def plain(m, x):
+        x = F.dropout(x + m.a(x), 0.5)
+        return x + m.b(x)
+
+    def truth(m, x):
+        X = site(expand(x), m.mhc.a, m.a)
+        return site(X * F.dropout(torch.ones_like(x), 0.5)[..., None, :], m.mhc.b, m.b).mean(-2)
+
+    model, x = perturbed(plain)
+    torch.manual_seed(3)
+    actual = model(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(actual, truth(model, x), rtol=1e-11, atol=1e-11)
+
+
+def test_a_reduction_over_the_stream_is_computed_over_all_streams() -> None:
+    """One stream may overflow while the mean of the streams does not."""
+
+    def plain(m, x):
+        x = x + m.a(x)
+        limit = x.abs().max() * 0.5
+        x = torch.clamp(x, min=-limit, max=limit)
+        return x + m.b(x)
+
+    def truth(m, x):
+        X = site(expand(x), m.mhc.a, m.a)
+        limit = X.abs().max() * 0.5
+        return site(torch.clamp(X, min=-limit, max=limit), m.mhc.b, m.b).mean(-2)
+
+    model, x = perturbed(plain)
+    torch.testing.assert_close(model(x), truth(model, x), rtol=1e-11, atol=1e-11)
+
+
+def test_channels_first_streams_mix_over_positions() -> None:
+    weight = torch.randn(WIDTH, WIDTH, 3, 3).double() / 8
+
+    def conv(x):
+        return F.conv2d(x, weight, padding=1)
+
+    def plain(m, x):
+        x = torch.relu(x + m.scale[0] * conv(x))
+        return torch.relu(x + m.scale[1] * conv(torch.relu(x)))
+
+    def last(h):
+        return h.movedim(1, -1)
+
+    def truth(m, x):
+        names = list(m.mhc._modules)
+        first, second = m.mhc[names[0]], m.mhc[names[1]]
+        X = site(expand(last(x)), first, lambda h: last(m.scale[0] * conv(h.movedim(-1, 1))))
+        X = torch.relu(X)
+        X = site(
+            X, second, lambda h: last(m.scale[1] * conv(torch.relu(h.movedim(-1, 1))))
+        )
+        return torch.relu(X.mean(-2).movedim(-1, 1))
+
+    model = Program(plain).double()
+    x = stream(2, WIDTH, 5, 4).double()
+    mhc_compile.transform(model, n=N, example_inputs=(x,))
+    with torch.no_grad():
+        for p in mhc_compile.parameters(model):
+            p.add_(0.7 * torch.randn_like(p))
+    torch.testing.assert_close(model(x), truth(model, x), rtol=1e-11, atol=1e-11)
+
+
+def test_the_rewritten_graph_runs_the_last_norm_once() -> None:
+    model, x = perturbed(plain_pre)
+    model(x)
+    (graph,) = mhc_compile.graphs(model)
+    norms = [n for n in graph.after.graph.nodes if "layer_norm" in str(n.target)]
+    assert len(norms) == 2 and all(n.meta["example_value"].dim() == 3 for n in norms)
+
+
+def test_disabled_widening_leaves_the_plain_function() -> None:
+    model = Program(plain_pre).double()
+    x = stream().double()
+    expected = copy.deepcopy(model)(x)
+    config = mhc_compile.Config(n=N, disabled=("widen",))
+    mhc_compile.transform(model, example_inputs=(x,), config=config)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
