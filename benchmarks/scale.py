@@ -1,7 +1,7 @@
 """What `transform` costs on deep models, against a bare Dynamo capture of the same model.
 
-    python benchmarks/scale.py                    writes benchmarks/results/scale.json, docs/scale.md
-    python benchmarks/scale.py --layers 10 20     only these depths, printed and not written
+    python benchmarks/scale.py                 writes benchmarks/results/scale.json and docs/scale.md
+    python benchmarks/scale.py --layers 10 20  only these depths, printed and not written
 
 Models are on the meta device: no memory, no computation, only tracing and passes. Both sides start
 from a fresh model and an empty Dynamo; their repeats take turns, and medians are reported. The bare

@@ -20,6 +20,7 @@ import torch._inductor.config
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import default_partition
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch._inductor import list_mode_options
@@ -54,7 +55,9 @@ __all__ = [
     "inductor_options",
     "is_forced_eager",
     "is_inductor_option",
+    "is_listing_parameters",
     "is_symbolically_traced",
+    "own_cache",
     "partition_eagerly",
     "pytree",
     "register_effectful",
@@ -74,15 +77,19 @@ def register_effectful(operator: torch._ops.OpOverload) -> None:
 def compile_dynamo(
     function: Callable[..., Any], backend: Callable[..., Any], *, dynamic: bool | None = None
 ) -> Callable[..., Any]:
-    """``torch.compile`` with a cache of its own, so that instances do not share a limit.
+    """``torch.compile`` with a cache of its own, so that instances do not share a limit."""
+    return torch.compile(function, backend=backend, dynamic=dynamic, **own_cache())
 
-    ``recompile_limit`` and ``isolate_recompiles`` are public arguments of torch.compile in 2.13;
-    where they do not exist yet, ``dynamo_settings`` raises the global limit around the call.
+
+def own_cache() -> dict[str, Any]:
+    """Arguments of ``torch.compile`` for a cache of its own.
+
+    They are public in 2.13; where they do not exist yet, ``dynamo_settings`` raises the global
+    limit around the call.
     """
     known = inspect.signature(torch.compile).parameters
     wanted = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
-    settings: dict[str, Any] = {k: v for k, v in wanted.items() if k in known}
-    return torch.compile(function, backend=backend, dynamic=dynamic, **settings)
+    return {k: v for k, v in wanted.items() if k in known}
 
 
 @contextmanager
@@ -160,6 +167,14 @@ def calling_module() -> torch.nn.Module | None:
     return outermost
 
 
+def is_listing_parameters() -> bool:
+    """Whether the caller is asked for its modules by ``nn.Module.named_parameters``."""
+    frame: types.FrameType | None = inspect.currentframe()
+    while frame is not None and frame.f_code is not torch.nn.Module.named_parameters.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
 def user_frame(error: BaseException) -> str:
     """``file:line`` of the last frame of a traceback outside torch and this package."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -190,5 +205,9 @@ def compile_inductor(
 
 def partition_eagerly(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Run a graph eagerly behind AOTAutograd's partitioner, which obeys recompute tags."""
-    run = aot_autograd(fw_compiler=lambda graph, inputs: graph, partition_fn=default_partition)
+
+    def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return make_boxed_func(graph.forward)
+
+    run = aot_autograd(fw_compiler=compiler, partition_fn=default_partition)
     return run(gm, list(example_inputs))

@@ -68,6 +68,9 @@ def graphs(model: nn.Module) -> list[RewrittenGraph]:
         NotTransformedError: the model has no mHC parameters.
         NotCapturedError: it was not called yet.
     """
+    from .pending import refuse_pending
+
+    refuse_pending(model)
     modules = [m for m in model.modules() if isinstance(m, StreamParameters)]
     if not modules:
         raise NotTransformedError(

@@ -116,6 +116,10 @@ def _call_as_root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     try:
         with _torch.dynamo_settings(), _own_errors():
             return _compiled_call(module)(*args, **kwargs)
+    except MhcError:
+        # Dynamo gives up for good on code in which it met a graph break: start again.
+        module.__dict__.pop(CALL, None)
+        raise
     finally:
         _root.reset(token)
 
@@ -153,15 +157,19 @@ def _compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         from .backend import check_options
 
         check_options(kwargs.get("options"), Spec.from_json(self.__dict__[SPEC]).config)
-    nn.Module.compile(self, *args, **kwargs)
+    nn.Module.compile(self, *args, **{**_torch.own_cache(), **kwargs})
     compiled = self._compiled_call_impl
     assert compiled is not None
 
     @functools.wraps(compiled)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        adapters.before_call(self, kwargs)
-        with _torch.dynamo_settings(), _own_errors():
-            return compiled(*args, **kwargs)
+    def call(*call_args: Any, **call_kwargs: Any) -> Any:
+        adapters.before_call(self, call_kwargs)
+        try:
+            with _torch.dynamo_settings(), _own_errors():
+                return compiled(*call_args, **call_kwargs)
+        except MhcError:
+            self.compile(*args, **kwargs)  # as in _call_as_root
+            raise
 
     self._compiled_call_impl = call
 
@@ -192,7 +200,7 @@ def _why_not_captured(module: nn.Module, root: nn.Module) -> str:
         cause = (
             f"{type(root).__name__} has a graph break around the call of {name} (code that "
             "Dynamo cannot trace: a print, .item(), a data-dependent branch, an unsupported "
-            "library call). torch._dynamo.explain shows where; remove the break."
+            "library call). TORCH_LOGS=graph_breaks shows where; remove the break."
         )
     return f"{name} is part of a transformed model and ran outside every captured graph. {cause}"
 

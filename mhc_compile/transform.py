@@ -19,6 +19,7 @@ from .passes.context import Context, Options
 from .passes.dataflow import DataFlow
 from .passes.errors import (
     DoubleTransformError,
+    ExampleInputsError,
     GraphBreakError,
     MhcError,
     NoSitesError,
@@ -27,6 +28,7 @@ from .passes.errors import (
 from .passes.pipeline import EXAMINE
 from .passes.runner import run_pipeline
 from .passes.sites import Detection, Site, stack_of
+from .pending import is_pending, postpone, refuse_pending, withdraw
 
 __all__ = ["examine", "parameters", "revert", "transform"]
 
@@ -69,12 +71,16 @@ def transform(
     _check_model(model)
     if config.n == 1:
         return model
-    call = infer_inputs(model) if example_inputs is None else as_call(example_inputs)
+    given = None if example_inputs is None else as_call(example_inputs)
+    call = given or infer_inputs(model)
     if call is None:
-        from .pending import postpone
-
         return postpone(model, config)
-    gm, context, graphs = examine(model, *call, config)
+    try:
+        gm, context, graphs = examine(model, *call, config)
+    except ExampleInputsError:
+        if given is not None:
+            raise
+        return postpone(model, config)  # what was inferred does not fit
     detection = context.detection
     assert detection is not None
     _check_unbroken(model, gm, detection, graphs, call)
@@ -90,8 +96,6 @@ def revert(model: M) -> M:
     Raises:
         NotTransformedError: the model is not transformed.
     """
-    from .pending import is_pending, withdraw
-
     if is_pending(model):
         return withdraw(model)
     swapped = [m for m in model.modules() if swap.is_swapped(m)]
@@ -108,7 +112,9 @@ def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
     Raises:
         NotTransformedError: the model has none.
+        ExampleInputsError: they are made at its first call.
     """
+    refuse_pending(model)
     found = [m for m in model.modules() if isinstance(m, StreamParameters)]
     if not found:
         raise NotTransformedError(
@@ -133,10 +139,13 @@ def options_of(config: Config) -> Options:
 def infer_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Example inputs from what the model offers; None where it offers nothing."""
     known = adapters.example_inputs(model)
-    if known is not None:
-        return (), known
-    offered = getattr(model, "dummy_inputs", None)
-    return ((), dict(offered)) if isinstance(offered, Mapping) else None
+    if known is None:
+        try:
+            offered = getattr(model, "dummy_inputs", None)
+        except Exception:  # a property that fails for some models of its library offers nothing
+            offered = None
+        known = dict(offered) if isinstance(offered, Mapping) else None
+    return None if known is None else ((), known)
 
 
 # --- finding -------------------------------------------------------------------------------------
@@ -204,15 +213,13 @@ def _resolve(n: int | None, config: Config | None) -> Config:
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"transform needs an nn.Module, got {type(model).__name__}")
-    from .pending import is_pending
-
     if is_pending(model):
         raise DoubleTransformError(
             f"{type(model).__name__} is waiting for its first call to be transformed; call "
             "mhc_compile.revert(model) before another transform."
         )
     for name, module in model.named_modules():
-        if swap.is_swapped(module):
+        if swap.is_swapped(module) or is_pending(module):
             what = f"its module '{name}'" if name else "it"
             raise DoubleTransformError(
                 f"{type(model).__name__} cannot be transformed: {what} is transformed already. "

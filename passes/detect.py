@@ -422,21 +422,26 @@ class _Detector:
         if self.context.declarations is None:
             return
         found = {(s.owner_key.split("@")[0], s.branch_name) for s in self.sites.values()}
-        for owner, declared in self.context.declarations.items():
-            for entry in declared:
-                lost = self.context.broken_at or self._branch_runs(owner, entry.name)
-                if (owner, entry.name) not in found and lost:
-                    raise ChainBrokenError(self._lost_site(owner, entry))
+        missing = [
+            (owner, entry)
+            for owner, declared in self.context.declarations.items()
+            for entry in declared
+            if (owner, entry.name) not in found
+        ]
+        run = self._branches_run() if missing else set()
+        for owner, entry in missing:
+            if self.context.broken_at or (owner, entry.name) in run:
+                raise ChainBrokenError(self._lost_site(owner, entry))
         self._check_whole(chains)
 
-    def _branch_runs(self, owner: str, name: str) -> bool:
-        """Whether the graph computes anything of a branch whose add was not found."""
-        return any(
-            stack_key.split("@")[0] == owner and _child_within(node, stack_key) == name
+    def _branches_run(self) -> set[tuple[str, str]]:
+        """Owner and name of every branch of which the graph computes something."""
+        return {
+            (key.split("@")[0], _child_within(node, key))
             for node in self.flow.order
             if kind_of(node) is Kind.MIXING
-            for stack_key, _ in stack_of(node)
-        )
+            for key, _ in stack_of(node)
+        }
 
     def _lost_site(self, owner: str, entry: Declaration) -> str:
         where = self.context.owners.get(owner, "")
@@ -484,7 +489,7 @@ class _Detector:
             f"A captured graph holds only a part of chain {number} ({names}): its streams would "
             f"be collapsed in the middle.{where} Either the model has a graph break between two "
             "of its residual adds (make that code traceable: no print, no .item(), no random "
-            "layer dropping in Python; torch._dynamo.explain shows the breaks), or a module that "
+            "layer dropping in Python; TORCH_LOGS=graph_breaks shows where), or a module that "
             "owns a part of the chain was called by itself (call the module that contains the "
             "whole chain)."
         )

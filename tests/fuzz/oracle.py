@@ -22,11 +22,15 @@ The definitions, on a torch-level graph as Dynamo hands it to a backend:
   comes first.
 - **State.** The states of a stream: what is reached from it going back stream-wise, and on from a
   residual add to its x. Two terms with a state in common are states of one stream.
-- **Chain.** Residual adds linked by z -> stream-wise -> x. A chain of one is rejected. So is a
-  recurrence: a chain that starts at a constant and in whose branches no weight acts.
+- **Branch.** What lies between a residual add's x and its other terms. It reads a mixture of the
+  streams of x, so residual adds in it that start from that x start a chain of their own.
+- **Chain.** Residual adds linked by z -> stream-wise -> x, unless that leaves a branch. A chain of
+  one is rejected. So is a recurrence: a chain that starts at a constant and in whose branches no
+  weight acts.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -52,6 +56,16 @@ NOT_MIXING = POINTWISE | NORMS | RESHAPES | PERMUTATIONS | SLICES | REDUCTIONS |
 SITE = "site"
 CHAIN_OF_ONE = "chain of one"
 RECURRENT = "recurrent"
+
+
+class Residual(NamedTuple):
+    """What makes an add residual: the state x, and the other terms of the sum."""
+
+    x: fx.Node
+    terms: list[fx.Node]
+
+
+Adds = dict[fx.Node, Residual]  # the residual adds found so far
 
 
 @dataclass(frozen=True)
@@ -148,7 +162,7 @@ class Oracle:
             if is_float(operand) and shape(operand) == shape(u) and not is_weight(operand)
         ]
 
-    def walks(self, u: fx.Node, residual: dict[fx.Node, fx.Node]) -> list[list[fx.Node]]:
+    def walks(self, u: fx.Node, residual: Adds) -> list[list[fx.Node]]:
         """Every stream-wise way back from u: the nodes passed, u first and the base last."""
         if u in residual:
             return [[u]]
@@ -160,13 +174,13 @@ class Oracle:
         ]
         return found or [[u]]
 
-    def states(self, u: fx.Node, residual: dict[fx.Node, fx.Node]) -> set[fx.Node]:
-        """The states of u's stream up to u; `residual` maps each residual add to its x."""
+    def states(self, u: fx.Node, residual: Adds) -> set[fx.Node]:
+        """The states of u's stream up to u."""
         found: set[fx.Node] = set()
         for walk in self.walks(u, residual):
             found.update(walk)
             if walk[-1] in residual:
-                found |= self.states(residual[walk[-1]], residual)
+                found |= self.states(residual[walk[-1]].x, residual)
         return found
 
     def normalised_by_hand(self, u: fx.Node) -> fx.Node | None:
@@ -216,7 +230,7 @@ class Oracle:
         return [leaf for operand in self.operands[node] for leaf in self.leaves(operand)]
 
     def terms(
-        self, add: fx.Node, outside: list[fx.Node], residual: dict[fx.Node, fx.Node]
+        self, add: fx.Node, outside: list[fx.Node], residual: Adds
     ) -> list[fx.Node]:
         """The terms of an add; `outside` are the terms of the tree that stand above it."""
         found = []
@@ -230,40 +244,39 @@ class Oracle:
         return found
 
     def stands_alone(
-        self, inner: fx.Node, siblings: list[fx.Node], residual: dict[fx.Node, fx.Node]
+        self, inner: fx.Node, siblings: list[fx.Node], residual: Adds
     ) -> bool:
         """Whether an inner add is a residual add of another stream than its siblings'."""
-        judged = self.judge(inner, residual)
-        x = judged.get(inner)
-        return x is not None and not any(self.depends_mixing(t, x) for t in siblings)
+        alone = self.judge(inner, residual).get(inner)
+        return alone is not None and not any(self.depends_mixing(t, alone.x) for t in siblings)
 
-    def judge(self, add: fx.Node, residual: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+    def judge(self, add: fx.Node, residual: Adds) -> Adds:
         """`residual`, with the residual adds of the tree whose outermost add this is."""
         terms = self.terms(add, [], residual)
         for term in terms:
             if self.is_inner(term):
                 residual = self.judge(term, residual)
-        x = self.skip(terms, residual)
-        return residual if x is None else {**residual, add: x}
+        found = self.residual(terms, residual)
+        return residual if found is None else {**residual, add: found}
 
-    def skip(self, terms: list[fx.Node], residual: dict[fx.Node, fx.Node]) -> fx.Node | None:
-        """The x of a sum of these terms, or None where it is not residual."""
+    def residual(self, terms: list[fx.Node], residual: Adds) -> Residual | None:
+        """What makes the sum of these terms residual, or None where it is not."""
         found = []
         for i, s in enumerate(terms):
-            others = [
-                t
-                for t in terms[:i] + terms[i + 1 :]
-                if not self.states(s, residual) & self.states(t, residual)
+            others = terms[:i] + terms[i + 1 :]
+            branches = [
+                t for t in others if not self.states(s, residual) & self.states(t, residual)
             ]
             for walk in self.walks(s, residual):
-                found += [x for x in walk if any(self.depends_mixing(t, x) for t in others)][:1]
-        return min(found, key=self.nodes.index, default=None)
+                qualify = [x for x in walk if any(self.depends_mixing(t, x) for t in branches)]
+                found += [Residual(x, others) for x in qualify[:1]]
+        return min(found, key=lambda f: self.nodes.index(f.x), default=None)
 
     # -- chains ----------------------------------------------------------------------------------
 
     def residual_adds(self) -> list[Found]:
         """Every residual add with its verdict."""
-        residual: dict[fx.Node, fx.Node] = {}
+        residual: Adds = {}
         for node in self.nodes:
             if self.is_add(node) and not self.is_inner(node):
                 residual = self.judge(node, residual)
@@ -271,35 +284,47 @@ class Oracle:
         chains = self.chains(residual)
         for add in sorted(residual, key=self.nodes.index):
             (number,) = (i for i, chain in enumerate(chains) if add in chain)
-            found.append(Found(add, residual[add], number, self.verdict(chains[number], residual)))
+            verdict = self.verdict(chains[number], residual)
+            found.append(Found(add, residual[add].x, number, verdict))
         return found
 
-    def chains(self, residual: dict[fx.Node, fx.Node]) -> list[set[fx.Node]]:
+    def chains(self, residual: Adds) -> list[set[fx.Node]]:
         """Residual adds linked by their streams."""
         chains: list[set[fx.Node]] = []
-        for add, x in residual.items():
-            linked = {walk[-1] for walk in self.walks(x, residual)} & set(residual)
-            together = {add} | linked
+        for add in residual:
+            together = {add}
+            around = self.branches_around(add, residual)
+            for walk in self.walks(residual[add].x, residual):
+                if walk[-1] in residual and not around & set(walk):
+                    together.add(walk[-1])
             for chain in [chain for chain in chains if chain & together]:
                 chains.remove(chain)
                 together |= chain
             chains.append(together)
         return chains
 
-    def verdict(self, chain: set[fx.Node], residual: dict[fx.Node, fx.Node]) -> str:
+    def branches_around(self, add: fx.Node, residual: Adds) -> set[fx.Node]:
+        """The x of every residual add in whose branch an add stands."""
+        return {
+            outer.x
+            for outer in residual.values()
+            if any(add in self.between(outer.x, term) for term in outer.terms)
+        }
+
+    def verdict(self, chain: set[fx.Node], residual: Adds) -> str:
         """What becomes of the adds of a chain."""
-        if all(self.is_weightless(add, residual) for add in chain) and any(
+        if all(self.is_weightless(residual[add]) for add in chain) and any(
             op_name(walk[-1]) in CONSTANTS
             for add in chain
-            for walk in self.walks(residual[add], residual)
+            for walk in self.walks(residual[add].x, residual)
         ):
             return RECURRENT
         return SITE if len(chain) > 1 else CHAIN_OF_ONE
 
-    def is_weightless(self, add: fx.Node, residual: dict[fx.Node, fx.Node]) -> bool:
-        """Whether no weight acts between a residual add's x and the add."""
-        between = self.between(residual[add], add)
-        return not any(is_weight(o) for node in between for o in self.operands[node])
+    def is_weightless(self, found: Residual) -> bool:
+        """Whether no weight acts in a branch."""
+        nodes = {node for term in found.terms for node in self.between(found.x, term)}
+        return not any(is_weight(operand) for node in nodes for operand in self.operands[node])
 
 
 def inputs(node: fx.Node) -> list[fx.Node]:

@@ -164,6 +164,12 @@ def long_skip(net: Net, x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
+def long_skip_over_one(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    for _ in range(3):
+        x = x + net.h(blocks(net, x, 1))
+    return x
+
+
 def inner_chain(net: Net, x: Tensor, y: Tensor) -> Tensor:
     for _ in range(2):
         x = x + blocks(net, net.g(x), 2)
@@ -247,6 +253,7 @@ def hidden_states(net: Net, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         (ended_by_pointwise, 2),
         (sum_of_states, 3),
         (long_skip, 6),
+        (long_skip_over_one, 3),
         (inner_chain, 6),
         (inner_chain_of_one, 2),
         (stale_branch, 3),
@@ -271,6 +278,7 @@ def test_counts_what_a_person_counts(
         (two_chains_of_one, [CHAIN_OF_ONE] * 2),
         (ended_by_pointwise, [SITE, SITE, CHAIN_OF_ONE]),
         (inner_chain_of_one, [CHAIN_OF_ONE, SITE] * 2),
+        (long_skip_over_one, [CHAIN_OF_ONE, SITE] * 3),
         (recurrence, [RECURRENT] * 3),
         (gated, []),
     ],
@@ -282,7 +290,7 @@ def test_verdicts(function: Callable[[Net, Tensor, Tensor], object], verdicts: l
 
 @pytest.mark.parametrize(
     ("function", "chains"),
-    [(pre_norm, 1), (relayout, 1), (lost_channels, 2), (encoder_decoder, 2), (long_skip, 2), (inner_chain, 3)],
+    [(pre_norm, 1), (relayout, 1), (lost_channels, 2), (encoder_decoder, 2), (long_skip, 3), (inner_chain, 3)],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_chains(function: Callable[[Net, Tensor, Tensor], object], chains: int) -> None:
