@@ -1,12 +1,13 @@
 """What `transform` costs on deep models, against a bare Dynamo capture of the same model.
 
-    python benchmarks/scale.py                 writes benchmarks/results/scale.json and docs/scale.md
+    python benchmarks/scale.py                 all depths; writes results/scale.json, docs/scale.md
     python benchmarks/scale.py --layers 10 20  only these depths, printed and not written
 
 Models are on the meta device: no memory, no computation, only tracing and passes. Both sides start
-from a fresh model and an empty Dynamo; their repeats take turns, and medians are reported. The bare
-capture is `torch.compile(model, backend=recorder, fullgraph=True)` called once under fake tensors.
-The passes are those of the first call of the transformed model.
+from a fresh model and an empty Dynamo; their repeats take turns, and medians are reported, in
+seconds of processor time (one thread, so that other programs disturb little). The bare capture is
+`torch.compile(model, backend=recorder, fullgraph=True)` called once under fake tensors. The passes
+are those of the first call of the transformed model.
 """
 
 import argparse
@@ -88,7 +89,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {"GPT": GPT, "Llama": llama}
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over the repeats, in seconds; passes in milliseconds."""
+    """Medians over the repeats, in seconds of processor time; passes in milliseconds."""
 
     model: str
     layers: int
@@ -147,9 +148,9 @@ def inputs() -> Tensor:
 
 def timed(function: Callable[[nn.Module], Any], model: nn.Module) -> float:
     gc.collect()
-    start = time.perf_counter()
+    start = time.process_time()
     function(model)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def transform(model: nn.Module) -> None:
@@ -197,9 +198,9 @@ def document(rows: Sequence[Row], where: dict[str, str], repeats: int) -> str:
             "take time.",
             "`capture` is a bare Dynamo capture of the plain model, `transform` all of "
             "`mhc_compile.transform`",
-            f"(its own capture included); medians of {repeats} repeats in turn. The passes are "
-            "those of the",
-            "transformed model's first call.",
+            f"(its own capture included): processor time, medians of {repeats} repeats in turn. "
+            "The passes are",
+            "those of the transformed model's first call.",
             "",
             f"Measured on {where['processor']}, {where['cores']} cores, torch {where['torch']}, "
             f"Python {where['python']}.",

@@ -150,18 +150,20 @@ def break_reason(gm: fx.GraphModule) -> str | None:
 
 
 def calling_module() -> torch.nn.Module | None:
-    """The outermost module on the Python stack: the one whose call is being compiled.
+    """The module whose call is being compiled, found on the Python stack.
 
-    Both ``torch.compile(module)`` and ``module.compile()`` go through ``_call_impl``.
+    That is the innermost ``torch.compile(module)`` or ``module.compile()``; for a compiled
+    ``module.__call__`` it is the outermost module that is being called.
     """
     outermost: torch.nn.Module | None = None
     frame: types.FrameType | None = inspect.currentframe()
     while frame is not None:
-        module = frame.f_locals.get("self")
-        name = frame.f_code.co_name
-        is_call = name in ("_call_impl", "_wrapped_call_impl")
-        is_wrapper = isinstance(module, torch._dynamo.OptimizedModule)
-        if is_call and isinstance(module, torch.nn.Module) and not is_wrapper:
+        module, name = frame.f_locals.get("self"), frame.f_code.co_name
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            return module._orig_mod
+        if isinstance(module, torch.nn.Module) and name in ("_call_impl", "_wrapped_call_impl"):
+            if name == "_wrapped_call_impl" and module._compiled_call_impl is not None:
+                return module
             outermost = module
         frame = frame.f_back
     return outermost

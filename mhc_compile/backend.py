@@ -229,8 +229,10 @@ def _first_call_of_plain(
     detection = context.detection
     if detection is None or not detection.sites:
         raise NoSitesError(
-            f"{type(module).__name__} has no chain of at least two residual adds x + F(x); "
-            "mhc_compile.explain(model, *inputs) lists every add with its reason"
+            f"The first graph that Dynamo captured of {type(module).__name__} has no chain of at "
+            "least two residual adds x + F(x); mhc_compile.explain(model, *inputs) lists every add "
+            "with its reason. If graph breaks cut the model into several graphs "
+            "(TORCH_LOGS=graph_breaks shows them), call mhc_compile.transform(model) first."
         )
     made: list[list[nn.Parameter]] = []
     pending: list[Any] = []

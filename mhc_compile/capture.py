@@ -8,6 +8,7 @@ any device (``meta`` included), costs one trace.
 from __future__ import annotations
 
 import inspect
+import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from . import _torch
+from . import _torch, adapters
 from ._torch import pytree
 from .passes.errors import CaptureError, ExampleInputsError, GraphBreakError, MhcError
 
@@ -81,6 +82,7 @@ def capture(
         CaptureError: nothing was captured.
     """
     _check_arguments(model, args, kwargs)
+    adapters.before_call(model, kwargs)
     graphs: list[CapturedGraph] = []
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -100,13 +102,13 @@ def capture(
         return run
 
     mode = _fake_mode(args, kwargs)
-    call = _torch.compile_dynamo(model, record, dynamic=False)
-    breaks, state = _torch.graph_breaks(), random.getstate()
+    breaks, drawn = _torch.graph_breaks(), pickle.dumps(_random_state())
     with _unchanged(model), _torch.dynamo_settings(), torch.enable_grad(), mode:
         args, kwargs = pytree.tree_map_only(Tensor, _fake(mode, model), (args, dict(kwargs)))
+        call = _torch.compile_dynamo(model, record, dynamic=False)
         try:
             call(*args, **kwargs)
-            if _torch.graph_breaks() > breaks and random.getstate() != state:
+            if _torch.graph_breaks() > breaks and pickle.dumps(_random_state()) != drawn:
                 raise GraphBreakError(_by_chance(model, graphs))
         except MhcError:
             raise
@@ -129,9 +131,9 @@ def capture(
 def first_break(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Where and why Dynamo cannot trace a call as one graph, in words ("" if it can)."""
     mode = _fake_mode(args, kwargs)
-    whole = torch.compile(model, backend=lambda gm, _: gm.forward, fullgraph=True)
     with _unchanged(model), _torch.dynamo_settings(), torch.enable_grad(), mode:
         args, kwargs = pytree.tree_map_only(Tensor, _fake(mode, model), (args, dict(kwargs)))
+        whole = torch.compile(model, backend=lambda gm, _: gm.forward, fullgraph=True)
         try:
             whole(*args, **kwargs)
         except Exception as error:
@@ -257,35 +259,45 @@ def _fake(mode: Any, model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward under fake tensors leaves on the modules: caches with no data."""
-    before = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
-    rng, python_rng, numpy_rng = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    """Undo what a forward under fake tensors leaves behind: attributes, caches, random states."""
+    before = [(m, {k: (v, _contents(v)) for k, v in m.__dict__.items()}) for m in model.modules()]
+    rng, drawn = torch.get_rng_state(), _random_state()
+    for module in model.modules():
+        adapters.prepare(module)
     try:
         yield
     finally:
         torch.set_rng_state(rng)
-        random.setstate(python_rng)
-        np.random.set_state(numpy_rng)
-        for module, attributes, buffers in before:
-            for name, value in list(module.__dict__.items()):
-                if _holds_fake(value) and attributes.get(name) is not value:
-                    _put_back(module.__dict__, attributes, name)
-            for name, value in list(module._buffers.items()):
-                if isinstance(value, _torch.FakeTensor):
-                    _put_back(module._buffers, buffers, name)
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
+        for module, attributes in before:
+            _restore(module.__dict__, {name: value for name, (value, _) in attributes.items()})
+            for value, contents in attributes.values():
+                if isinstance(value, dict):
+                    _restore(value, contents)
+                elif isinstance(value, list):
+                    value[:] = contents
 
 
-def _put_back(now: dict[str, Any], before: Mapping[str, Any], name: str) -> None:
-    if name in before:
-        now[name] = before[name]
-    else:
-        del now[name]
+def _contents(value: Any) -> Any:
+    """A shallow copy of what can be changed in place."""
+    return value.copy() if isinstance(value, (dict, list)) else None
 
 
-def _holds_fake(value: Any) -> bool:
-    if isinstance(value, (Tensor, list, tuple, dict)):
-        return any(isinstance(leaf, _torch.FakeTensor) for leaf in pytree.tree_leaves(value))
-    return False
+def _restore(now: dict[Any, Any], before: Mapping[Any, Any]) -> None:
+    for key in [key for key in now if key not in before]:
+        del now[key]
+    for key, value in before.items():
+        if now.get(key, _MISSING) is not value:
+            now[key] = value
+
+
+_MISSING = object()
+
+
+def _random_state() -> tuple[Any, Any]:
+    """The states of Python's and NumPy's random generators."""
+    return random.getstate(), np.random.get_state(legacy=False)
 
 
 # --- messages ------------------------------------------------------------------------------------
@@ -310,7 +322,7 @@ def _by_chance(model: nn.Module, graphs: list[CapturedGraph]) -> str:
     where = next((f" at {g.broken_at}" for g in graphs if g.broken_at), "")
     return (
         f"The forward of {type(model).__name__} breaks the graph{where} and draws from Python's "
-        f"random, so that no two calls need have the same residual adds. {_INSTEAD}."
+        f"or NumPy's random, so that no two calls need have the same residual adds. {_INSTEAD}."
     )
 
 

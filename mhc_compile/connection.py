@@ -84,18 +84,25 @@ class StreamParameters(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        own = {name: prefix + name for name in self._parameters if prefix + name in state_dict}
-        shapes = {name: tuple(state_dict[key].shape) for name, key in own.items()}
-        if problem := self._mismatch(shapes):
+        if problem := self.why_not(state_dict, prefix):
             # Instead of torch's three messages about shapes, which do not mention n.
-            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {problem}")
+            error_msgs.append(problem)
             return
-        for key in own.values():  # assign=True takes tensors over as they are
+        for key in self._keys(state_dict, prefix).values():  # assign=True takes them as they are
             if state_dict[key].dtype not in EXACT_DTYPES:
                 state_dict[key] = state_dict[key].float()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _keys(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, str]:
+        return {name: prefix + name for name in self._parameters if prefix + name in state_dict}
+
+    def why_not(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        """Why this module cannot load what a state dict has for it; None if it can."""
+        keys = self._keys(state_dict, prefix)
+        problem = self._mismatch({k: tuple(state_dict[key].shape) for k, key in keys.items()})
+        return problem and f"{prefix.rstrip('.') or type(self).__name__}: {problem}"
 
     def _mismatch(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         """Why parameters of these shapes cannot be loaded; None if they can."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,7 @@ class RewrittenGraph:
 
 # Keyed by the parameters that a graph takes as inputs: it lives as long as they do.
 _graphs: Any = _torch.WeakTensorKeyDictionary()
+_number = itertools.count()
 
 
 def record(
@@ -51,12 +53,12 @@ def record(
     sites = context.detection.sites if context.detection is not None else []
     graph = RewrittenGraph(before, after, tuple(history), tuple(sites))
     names = [n.name for n in after.graph.nodes if n.op == "placeholder"]
-    values = dict(zip(names, inputs, strict=True))
+    values, number = dict(zip(names, inputs, strict=True)), next(_number)
     for site in sites:
         for parameter in site.parameters:
             value = values[parameter.name]
             if isinstance(value, Tensor):
-                _graphs.setdefault(value, []).append(graph)
+                _graphs.setdefault(value, {})[number] = graph
 
 
 def graphs(model: nn.Module) -> list[RewrittenGraph]:
@@ -78,11 +80,10 @@ def graphs(model: nn.Module) -> list[RewrittenGraph]:
         )
     found: dict[int, RewrittenGraph] = {}
     for module in modules:
-        for graph in _graphs.get(module.phi, []):
-            found.setdefault(id(graph), graph)
+        found |= _graphs.get(module.phi, {})
     if not found:
         raise NotCapturedError(
             f"{type(model).__name__} has not been called since it was transformed; graphs are "
             "captured at the first call"
         )
-    return list(found.values())
+    return [found[number] for number in sorted(found)]

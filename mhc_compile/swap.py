@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,9 @@ import torch
 from torch import fx, nn
 
 from . import _torch, adapters
+from .connection import StreamParameters
 from .declare import Spec, declare
-from .passes.errors import MhcError, NotCapturedError, UnsupportedError
+from .passes.errors import CheckpointError, MhcError, NotCapturedError, UnsupportedError
 
 __all__ = ["is_swapped", "original_class", "restore", "swap"]
 
@@ -81,6 +82,7 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
         "_mhc_original": original,
         "forward": _declaring_forward(original.forward),
         "compile": _compile,
+        "load_state_dict": _load_state_dict,
         "__prepare_scriptable__": _refuse_export,
         "__reduce_ex__": _reduce,
     }
@@ -203,6 +205,21 @@ def _why_not_captured(module: nn.Module, root: nn.Module) -> str:
             "library call). TORCH_LOGS=graph_breaks shows where; remove the break."
         )
     return f"{name} is part of a transformed model and ran outside every captured graph. {cause}"
+
+
+def _load_state_dict(
+    self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """``nn.Module.load_state_dict`` that loads nothing where mHC parameters do not fit."""
+    problems = [
+        problem
+        for path, module in self.named_modules()
+        if isinstance(module, StreamParameters)
+        and (problem := module.why_not(state_dict, f"{path}."))
+    ]
+    if problems:
+        raise CheckpointError(f"{type(self).__name__}: {'; '.join(problems)}")
+    return original_class(self).load_state_dict(self, state_dict, *args, **kwargs)
 
 
 # --- copies -------------------------------------------------------------------------------------

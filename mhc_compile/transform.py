@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -47,7 +47,7 @@ def transform(
 
     Args:
         model: any ``nn.Module``; its source, keys and parameters are not touched.
-        n: number of streams, 4 by default; 1 leaves the model as it is.
+        n: number of streams, ``config.n`` (4) by default; 1 leaves the model as it is.
         example_inputs: what the model's forward takes: a tuple, a dict, or a pair of both, of
             real, meta or fake tensors. Only shapes are read, nothing is computed. Left out, they
             are taken from the model (``dummy_inputs``, a Hugging Face config); where that is not
@@ -103,7 +103,7 @@ def revert(model: M) -> M:
         raise NotTransformedError(f"{type(model).__name__} is not transformed: nothing to revert.")
     for module in swapped:
         swap.restore(module)
-    model._compiled_call_impl = None  # compiled from the graphs that are gone
+    model.__dict__.pop("_compiled_call_impl", None)  # compiled from the graphs that are gone
     return model
 
 
@@ -205,14 +205,18 @@ def _resolve(n: int | None, config: Config | None) -> Config:
         raise ValueError(f"config must be a mhc_compile.Config, got {type(config).__name__}")
     if config is None:
         return Config() if n is None else Config(n=n)
-    if n is not None and n != config.n:
-        raise ValueError(f"n={n!r} and config.n={config.n} disagree; give one of them")
-    return config
+    return config if n is None else replace(config, n=n)
 
 
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"transform needs an nn.Module, got {type(model).__name__}")
+    tensors = (t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()))
+    if any(t is not None and nn.parameter.is_lazy(t) for t in tensors):
+        raise MhcError(
+            f"{type(model).__name__} has parameters whose shape is not known yet (lazy modules); "
+            "call it once before mhc_compile.transform"
+        )
     if is_pending(model):
         raise DoubleTransformError(
             f"{type(model).__name__} is waiting for its first call to be transformed; call "

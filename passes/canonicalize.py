@@ -21,7 +21,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .context import Context, PassResult
-from .dataflow import eliminate_dead_code, is_mutation
+from .dataflow import erase_dead_code, is_mutation, unread
 from .operators import Kind, holds_tensor, is_float_tensor, kind_of, op_name, same_shape, value_of
 
 __all__ = ["canonicalize"]
@@ -31,13 +31,15 @@ _INLINED = ("tag_activation_checkpoint", "invoke_subgraph", "wrap")
 
 def canonicalize(gm: fx.GraphModule, context: Context) -> PassResult:
     """Bring every spelling of a residual add and of RMSNorm to one form."""
+    inlined = _inline_bodies(gm)
+    effects = unread(gm.graph)
     steps = {
-        "bodies inlined": _inline_bodies(gm),
+        "bodies inlined": inlined,
         "writes made functional": _remove_in_place(gm.graph),
         "adds respelled": _unify_adds(gm.graph, context),
         "RMSNorms joined": _join_rms_norms(gm.graph),
     }
-    eliminate_dead_code(gm.graph)
+    erase_dead_code(gm.graph, keep=effects)
     notes = [f"{count} {what}" for what, count in steps.items() if count]
     return PassResult(gm, changed=bool(notes), notes=notes)
 
@@ -324,6 +326,8 @@ def _match_rms_norm(node: fx.Node) -> tuple[fx.Node, float] | None:
             continue
         squared = _mean_over_last(mean)
         base = None if squared is None else _square_argument(squared)
+        if _dtype(mean) != _dtype(node):
+            continue  # rounded in between: joined, it would be another function
         if base is not None and _uncast(base) is _uncast(x) and value_of(x) is not None:
             width = value_of(x).shape[-1]  # type: ignore[attr-defined]
             return (x, float(eps)) if isinstance(width, int) else None
@@ -368,6 +372,10 @@ def _square_argument(node: fx.Node) -> fx.Node | None:
     if name in ("mul", "multiply") and len(args) == 2 and args[0] is args[1]:
         return args[0]  # type: ignore[return-value]
     return None
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    return getattr(value_of(node), "dtype", None)
 
 
 def _uncast(node: fx.Node) -> fx.Node:

@@ -13,7 +13,7 @@ from torch import fx
 
 from .operators import Kind, holds_tensor, kind_of, op_name
 
-__all__ = ["DataFlow", "eliminate_dead_code", "is_mutation"]
+__all__ = ["DataFlow", "erase_dead_code", "is_mutation", "unread"]
 
 _WRITERS = frozenset({"setitem", "copy_", "fill_", "zero_"})
 
@@ -31,13 +31,14 @@ def is_mutation(node: fx.Node) -> bool:
     return name.endswith("_") and not name.startswith("_")
 
 
-def eliminate_dead_code(graph: fx.Graph) -> None:
-    """Erase what nobody reads, except writes: fx takes ``keys.index_copy_(...)`` for dead code."""
+def unread(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The nodes that nobody reads as captured: each is there for its effect (writes, modes)."""
+    return frozenset(node for node in graph.nodes if not node.users)
 
-    def has_effect(node: fx.Node) -> bool:
-        return node.is_impure() or is_mutation(node) or bool(node.kwargs.get("inplace"))
 
-    graph.eliminate_dead_code(has_effect)
+def erase_dead_code(graph: fx.Graph, keep: frozenset[fx.Node]) -> None:
+    """Erase what nobody reads any more, except what nobody read before (``unread``)."""
+    graph.eliminate_dead_code(lambda node: node in keep or node.is_impure() or is_mutation(node))
 
 
 class DataFlow:

@@ -221,25 +221,30 @@ class _Detector:
             others = [t for t in terms if t is not skip]
             state = skip
             while state in self.up:
-                if self._shares_stream(self.flow.inputs(state), others, but=self.up[state]):
+                if self._shares_stream(self._activations(state), others, but=self.up[state]):
                     return Reason.GATED_SKIP
                 state = self.up[state]
-            if self._shares_stream(self.flow.inputs(state), others):
-                if kind_of(state) is Kind.MIXING:
-                    return Reason.PROJECTED_SKIP
-                if kind_of(state) is Kind.POINTWISE:
-                    return Reason.GATED_SKIP
+            mixes = False
+            while True:  # back through what was done to the skip: a convolution, its norm
+                mixes = mixes or kind_of(state) is Kind.MIXING
+                sources = self._activations(state)
+                if self._shares_stream(sources, others):
+                    return Reason.PROJECTED_SKIP if mixes else Reason.GATED_SKIP
+                if len(sources) != 1 or kind_of(state) is Kind.MIXING:
+                    break
+                state = self.base.get(sources[0], sources[0])
         return Reason.INDEPENDENT
+
+    def _activations(self, node: fx.Node) -> list[fx.Node]:
+        """The floating-point inputs of a node that are not learned."""
+        known = self.context.trainable
+        return [s for s in self.flow.inputs(node) if is_float_tensor(s) and s.name not in known]
 
     def _shares_stream(
         self, sources: list[fx.Node], terms: list[fx.Node], but: fx.Node | None = None
     ) -> bool:
         """Whether some term is computed from the state that one of the sources comes from."""
-        states = [
-            self.base.get(s, s)
-            for s in sources
-            if s is not but and s.name not in self.context.trainable
-        ]
+        states = [self.base.get(s, s) for s in sources if s is not but]
         return any(self.flow.computes_from(t, state) for state in states for t in terms)
 
     def _reject(self, node: fx.Node, reason: Reason) -> None:
@@ -563,10 +568,16 @@ def _in_control_flow(order: list[fx.Node]) -> list[Rejected]:
     for node in order:
         body = node.op == "get_attr" and node.graph.owning_module is not None
         module = getattr(node.graph.owning_module, str(node.target), None) if body else None
-        if isinstance(module, fx.GraphModule):
+        if isinstance(module, fx.GraphModule) and not _is_backward(node):
             found += [
                 Rejected(node, Reason.CONTROL_FLOW, branch_name=n.name, location=location_of(n))
                 for n in module.graph.nodes
                 if _is_add(n) and same_shape(n.args[0], n) and same_shape(n.args[1], n)
             ]
     return found
+
+
+def _is_backward(body: fx.Node) -> bool:
+    """Whether a body is the backward of a ``torch.autograd.Function``."""
+    users = [u for u in body.users if op_name(u) == "autograd_function_apply"]
+    return any(u.args[1] is body for u in users)

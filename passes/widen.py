@@ -23,7 +23,7 @@ from torch import fx
 
 from ..kernels import reference
 from .context import Context, PassResult
-from .dataflow import DataFlow, eliminate_dead_code
+from .dataflow import DataFlow, erase_dead_code, unread
 from .detect import is_reduction_of
 from .fake import set_example_value
 from .operators import Kind, holds_tensor, kind_of, value_of
@@ -40,8 +40,9 @@ def widen(gm: fx.GraphModule, context: Context) -> PassResult:
     detection = context.detection
     if detection is None or not detection.sites:
         return PassResult(gm, changed=False, notes=["no sites in this graph"])
+    effects = unread(gm.graph)
     _Widener(gm.graph, detection, context).run()
-    eliminate_dead_code(gm.graph)
+    erase_dead_code(gm.graph, keep=effects)
     streams = f"{len(detection.chains)} chains of {context.options.n} streams"
     return PassResult(gm, changed=True, notes=[f"{len(detection.sites)} sites widened, {streams}"])
 
@@ -63,6 +64,9 @@ class _Widener:
         self.heads = {c[0].chain: c[-1].parameters[3:] for c in detection.chains}
         # Stream-wise steps on the chains: from a state to the state that it is made from.
         self.steps = _steps(detection)
+        self.reading: dict[fx.Node, list[Site]] = {}  # a state or marker -> the sites that read it
+        for site in self.sites:
+            self.reading.setdefault(site.x, []).append(site)
         self.branch_inputs: dict[fx.Node, Site] = {}  # a marker -> the site whose branch begins
         self.inputs: dict[fx.Node, fx.Node] = {}  # a marker -> h
         self.streams: dict[fx.Node, fx.Node] = {}  # a state -> its n streams [..., n, C]
@@ -95,9 +99,11 @@ class _Widener:
             if user in region and user not in site.skip_path:
                 user.replace_input_with(site.x, mark)
         self.branch_inputs[mark] = site
-        for inner in self.sites:
-            if inner is not site and inner.x is site.x and inner.node in region:
-                _begin_at(inner, mark, self.steps)
+        inside = [s for s in self.reading[site.x] if s is not site and s.node in region]
+        for inner in inside:
+            self.reading[site.x].remove(inner)
+            _begin_at(inner, mark, self.steps)
+        self.reading[mark] = inside
         site.branch = [mark if term is site.x else term for term in site.branch]
 
     # --- one site: open where x is known, close where F is ------------------------------------

@@ -23,20 +23,21 @@ all there are.
 """
 
 import linecache
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-BATCH, VOCABULARY, HEADS = 2, 11, 2
+BATCH, VOCABULARY, ATTENTION_HEADS = 2, 11, 2
 Layout = Literal["btc", "flat", "tbc", "bct"]
 
 # -- branches that are modules ---------------------------------------------------------------------
@@ -116,7 +117,7 @@ class Attention(nn.Module):
         super().__init__()
         self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, width)
-        self.kind, self.size = kind, width // HEADS
+        self.kind, self.size = kind, width // ATTENTION_HEADS
         angles = torch.arange(tokens)[:, None] * 0.7 ** torch.arange(self.size)
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
@@ -129,7 +130,7 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         q, k, v = (
-            project(h).view(*h.shape[:-1], HEADS, self.size).transpose(-2, -3)
+            project(h).view(*h.shape[:-1], ATTENTION_HEADS, self.size).transpose(-2, -3)
             for project in (self.q, self.k, self.v)
         )
         if self.kind == "rotary":
@@ -217,18 +218,21 @@ class IntegerAdd(nn.Module):
 # -- the tree --------------------------------------------------------------------------------------
 
 NORMS = ("layer_norm", "rms_norm", "spelled_norm")
-SPELLINGS = (
-    "plus", "torch_add", "method_add", "iadd_stream", "iadd_branch", "add__stream", "add__branch",
-    "alpha",
-)  # fmt: skip
+IN_PLACE = ("iadd_stream", "iadd_branch", "add__stream", "add__branch")
+SPELLINGS = ("plus", "torch_add", "method_add", "alpha", *IN_PLACE)
 BRANCHES = (
     "linear", "matmul", "mlp", "spelled_gelu", "attention", "sdpa", "rotary", "bias", "conv", "cumsum",
-    "token_mix", "glu", "self_gate", "cross", "delta_rule", "integer_add",
+    "token_mix", "glu", "self_gate", "cross", "memory", "delta_rule",
+    "integer_add",
 )  # fmt: skip
 STREAM_OPS = (
     "layer_norm", "rms_norm", "spelled_norm", "same_cast", "dropout", "relu", "tanh", "constant",
     "learned", "position", "broadcast_position", "conditioned", "float32_cast",
 )  # fmt: skip
+SCALES = ("constant", "learned", "conditioned")
+SKIPS = (*SCALES, "dropout", "layer_norm", "same_cast")
+INPUTS = ("float", "linear", "embed_sum", "embed_integer_add")
+HEADS = ("none", "linear", "norm_linear", "pool")
 REJECTED = ("gated", "self_gated", "projection", "pointwise", "broadcast", "independent")
 
 
@@ -261,9 +265,9 @@ class Site:
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream-wise operation on the stream."""
+    """Stream-wise operations on the stream."""
 
-    kind: str
+    kinds: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -302,6 +306,26 @@ class Relayout:
 class Hidden:
     """The state here is returned too."""
 
+
+FEATURES = frozenset(
+    [
+        *("input_" + kind for kind in INPUTS),
+        *("head_" + kind for kind in HEADS),
+        *("branch_" + kind for kind in (*BRANCHES, "chain")),
+        *("stream_" + kind for kind in STREAM_OPS),
+        *("skip_" + kind for kind in SKIPS),
+        *("rejected_" + kind for kind in REJECTED),
+        *("around_" + kind for kind in ("outer", "states", "stale")),
+        *("layout_" + kind for kind in ("flat", "tbc", "bct")),
+        *NORMS,
+        *SPELLINGS,
+        *("pre_norm", "branch_after_norm", "sandwich_norm", "post_norm", "branch_cast"),
+        *("branch_scale_constant", "branch_scale_learned", "branch_dropout", "float32_cast"),
+        *("parallel_2", "parallel_3", "nested_module", "shared_module", "inner_chain_of_one"),
+        *("encoder", "hidden_state", "training", "evaluation"),
+    ]
+)
+"""Every tag that a program can have."""
 
 Step = Site | Stream | Rejected | Around | Call | Relayout | Hidden
 
@@ -347,9 +371,11 @@ class Program:
         source = self.source()
         file = f"<program {hash(source):x}>"
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-        namespace: dict[str, Any] = {**globals(), "__name__": "program"}
-        exec(compile(source, file, "exec"), namespace)
-        return namespace["Main"]().double().train(self.training)
+        # A module that can be imported: Dynamo looks a function's globals up that way.
+        module = sys.modules["fuzz_program"] = ModuleType("fuzz_program")
+        module.__dict__.update({k: v for k, v in globals().items() if not k.startswith("__")})
+        exec(compile(source, file, "exec"), module.__dict__)
+        return module.Main().double().train(self.training)
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Example inputs: token ids or floats [batch, tokens, ...], and a second sequence."""
@@ -489,7 +515,7 @@ class Writer:
     def core(self, branch: Branch, h: str) -> str:
         """The expression of a branch's core, on [..., tokens, width]."""
         width, length, kind = self.width, self.length(), branch.core
-        self.tag("branch_" + kind)
+        self.tag("branch_" + kind, "inner_chain_of_one" if len(branch.inner) == 1 else None)
         if kind == "linear":
             return f"{self.linear('linear')}({h})"
         if kind == "matmul":
@@ -501,6 +527,9 @@ class Writer:
             return f"{conv}({h}.transpose(-1, -2)).transpose(-1, -2)"
         if kind == "cross":
             return f"{self.own('cross', f'CrossAttention({width})')}({h}, mem)"
+        if kind == "memory":
+            layout = "btc" if self.layout == "bct" else self.layout
+            return f"{self.linear('side')}(mem){self.to(layout)}"
         if kind == "chain":
             return f"{self.own('inner', self.inner(branch) + '()')}({h}, mem)"
         modules = {
@@ -542,7 +571,7 @@ class Writer:
         if branch.norm:
             self.tag("pre_norm")
             h = f"{self.norm(branch.norm)}({h})"
-        f = self.let("f", self.core(branch, self.let("h", h) if h != x else x))
+        f = self.let("f", self.core(branch, h if h.isidentifier() else self.let("h", h)))
         if branch.after:
             self.tag("sandwich_norm" if branch.norm else "branch_after_norm")
             f = self.let("f", f"{self.norm(branch.after)}({f})")
@@ -596,6 +625,7 @@ class Writer:
     def write_head(self) -> None:
         """Writes what happens after the last step."""
         kind, x = self.program.head, "x"
+        self.tag("head_" + kind, "training" if self.program.training else "evaluation")
         if kind != "none":
             x += self.back(self.layout)
         if kind == "norm_linear":
@@ -634,13 +664,14 @@ class Writer:
         self.states.append(self.let("state", "x"))
 
     def write_relayout(self, step: Relayout) -> None:
-        if step.layout != self.layout:
+        if step.layout not in ("btc", self.layout):
             self.tag("layout_" + step.layout)
         self.relayout(step.layout)
 
     def write_stream(self, step: Stream) -> None:
-        self.tag("stream_" + step.kind)
-        self.set_stream(self.stream_op(step.kind, "x"), owned=step.kind in {"constant", "learned"})
+        for kind in step.kinds:
+            self.tag("stream_" + kind)
+            self.set_stream(self.stream_op(kind, "x"), owned=kind in SCALES)
 
     def stream_op(self, kind: str, x: str) -> str:
         """A stream-wise operation on x, as an expression."""
@@ -707,7 +738,7 @@ class Writer:
         fs = [self.branch(branch, read, copy=in_place) for branch in site.branches]
         self.tag(f"parallel_{len(fs)}" if len(fs) > 1 else None)
         ours = {f for f, branch in zip(fs, site.branches, strict=True) if branch_owns(branch)}
-        if (s == "x" and self.owned) or site.skip in {"constant", "learned"}:
+        if (s == "x" and self.owned) or site.skip in SCALES:
             ours.add(s)
         terms = [[s, *fs][i] for i in site.order]
         for merge, spelling in zip(site.merges, site.spellings, strict=True):
@@ -749,68 +780,81 @@ def branch_owns(branch: Branch) -> bool:
 # -- drawing ---------------------------------------------------------------------------------------
 
 
-def often(rare: Any, common: Any, times: int = 3) -> st.SearchStrategy:
-    """`common` about `times` times as often as each of `rare`."""
-    return st.sampled_from([*[common] * times, *rare])
+def mostly(usual: Any, rare: Sequence[Any], share: float) -> st.SearchStrategy[Any]:
+    """`usual`, or in `share` of the draws one of `rare`; shrinks to `usual`."""
+    return st.sampled_from([usual] * round(len(rare) * (1 - share) / share) + list(rare))
 
 
 @st.composite
 def branches(draw: st.DrawFn, depth: int) -> Branch:
     """A branch; with depth left it may be a residual chain itself."""
-    core = draw(st.sampled_from([*BRANCHES, *["chain"] * 3] if depth else BRANCHES))
+    core = draw(mostly("chain", BRANCHES, 0.85) if depth else st.sampled_from(BRANCHES))
+    chain = st.lists(sites(0), min_size=1, max_size=2)
     return Branch(
         core=core,
-        norm=draw(often(NORMS, None)),
-        after=draw(often(NORMS, None, 8)),
-        scale=draw(often(["constant", "learned"], None, 5)),
-        dropout=draw(often([True], False, 5)),
-        cast=draw(often(["same", "same", "float32"], None, 18)),
-        inner=tuple(draw(st.lists(sites(0), min_size=1, max_size=2))) if core == "chain" else (),
-        inner_out=draw(st.booleans()) if core == "chain" else True,
+        norm=draw(mostly(None, NORMS, 0.5)),
+        after=draw(mostly(None, NORMS, 0.25)),
+        scale=draw(mostly(None, ["constant", "learned"], 0.3)),
+        dropout=draw(mostly(False, [True], 0.2)),
+        cast=draw(mostly(None, ["same", "same", "float32"], 0.15)),
+        inner=tuple(draw(chain)) if core == "chain" else (),
+        inner_out=core != "chain" or draw(st.booleans()),
     )
 
 
 @st.composite
 def sites(draw: st.DrawFn, depth: int) -> Site:
     """A residual site of one to three branches."""
-    size = draw(often([2, 3], 1, 4))
+    size = draw(mostly(1, [2, 3], 0.3))
     return Site(
         branches=tuple(draw(branches(depth)) for _ in range(size)),
         order=tuple(draw(st.permutations(range(size + 1)))),
         merges=tuple(draw(st.integers(0, 2)) for _ in range(size)),
-        spellings=tuple(draw(st.sampled_from(SPELLINGS)) for _ in range(size)),
-        skip=draw(often(["constant", "learned", "conditioned", "dropout", "layer_norm", "same_cast"], None, 10)),
+        spellings=tuple(draw(st.sampled_from(SPELLINGS + IN_PLACE)) for _ in range(size)),
+        skip=draw(mostly(None, SKIPS, 0.6)),
         branch_reads_skip=draw(st.booleans()),
-        after=draw(often([*NORMS, "relu"], None, 12)),
+        after=draw(mostly(None, [*NORMS, "relu"], 0.2)),
     )
 
 
-@st.composite
-def steps(draw: st.DrawFn, depth: int, *, top: bool = False) -> Step:
+def steps(depth: int, *, top: bool = False) -> st.SearchStrategy[Step]:
     """One step of a module; `top` in the outermost one."""
-    kinds = ["site"] * 8 + ["stream"] * 3 + ["rejected"] * 2 + ["relayout"] * 2
-    kinds += ["around"] * 2 + ["call"] * 3 if depth else []
-    kind = draw(st.sampled_from(kinds + ["hidden"] * 2 if top else kinds))
-    if kind == "site":
-        return draw(sites(depth))
-    if kind == "stream":
-        return Stream(draw(st.sampled_from([k for k in STREAM_OPS if k != "float32_cast"] * 2 + ["float32_cast"])))
-    if kind == "rejected":
-        return Rejected(draw(st.sampled_from(REJECTED)), draw(branches(0)))
-    if kind == "relayout":
-        return Relayout(draw(st.sampled_from(["btc", "flat", "tbc", "bct"])))
-    if kind == "around":
-        inner = draw(st.lists(steps(depth - 1), min_size=1, max_size=3))
-        kind = draw(st.sampled_from(["outer", "states", "stale"]))
-        return Around(kind, tuple(inner), draw(branches(0)))
-    if kind == "call":
-        inner = draw(st.lists(steps(depth - 1), min_size=1, max_size=3))
-        return Call(tuple(inner), draw(st.integers(1, 3)))
-    return Hidden()
+    stream_ops = st.lists(st.sampled_from(STREAM_OPS), min_size=1, max_size=3).map(tuple)
+    kinds = [
+        *[sites(depth)] * 8,
+        *[st.builds(Stream, stream_ops)] * 5,
+        *[st.builds(Rejected, st.sampled_from(REJECTED), branches(0))] * 3,
+        *[st.builds(Relayout, st.sampled_from(["btc", "flat", "tbc", "bct"]))] * 2,
+    ]
+    if top:
+        kinds.append(st.just(Hidden()))
+    if depth:
+        inner = st.lists(steps(depth - 1), min_size=1, max_size=3).map(tuple)
+        around = st.sampled_from(["outer", "states", "stale"])
+        kinds += [st.builds(Around, around, inner, branches(0))] * 3
+        kinds += [st.builds(Call, inner, st.integers(1, 3))] * 2
+    return st.one_of(kinds)
+
+
+def programs() -> st.SearchStrategy[Program]:
+    """Programs of 2 to 20 adds."""
+    encoder = st.lists(steps(1), min_size=1, max_size=3).map(tuple)
+    program = st.builds(
+        Program,
+        steps=st.lists(steps(2, top=True), min_size=3, max_size=8).map(tuple),
+        encoder=st.one_of(st.just(()), st.just(()), encoder),
+        source_of=st.sampled_from(INPUTS),
+        head=st.sampled_from(HEADS),
+        training=st.booleans(),
+        width=st.sampled_from([8, 12]),
+        tokens=st.sampled_from([3, 5]),
+        n=st.sampled_from([2, 3, 4]),
+    )
+    return program.filter(lambda p: 2 <= adds(p) <= 20)
 
 
 def adds(step: Any) -> int:
-    """How many adds run for a step, a branch or a program; those inside a core not counted."""
+    """How many adds a step, a branch or a program runs, those inside a core not counted."""
     match step:
         case Program():
             return sum(map(adds, step.encoder + step.steps))
@@ -825,20 +869,3 @@ def adds(step: Any) -> int:
         case Rejected():
             return 1
     return 0
-
-
-@st.composite
-def programs(draw: st.DrawFn) -> Program:
-    """A program of 2 to 24 adds."""
-    program = Program(
-        steps=tuple(draw(st.lists(steps(2, top=True), min_size=2, max_size=7))),
-        encoder=draw(often([True], False)) and tuple(draw(st.lists(steps(1), min_size=1, max_size=3))) or (),
-        source_of=draw(st.sampled_from(["float", "linear", "embed", "embed_sum", "embed_integer_add"])),
-        head=draw(st.sampled_from(["none", "linear", "norm_linear", "pool"])),
-        training=draw(st.booleans()),
-        width=draw(st.sampled_from([8, 12])),
-        tokens=draw(st.sampled_from([3, 5])),
-        n=draw(st.sampled_from([2, 3, 4])),
-    )
-    assume(2 <= adds(program) <= 24)
-    return program

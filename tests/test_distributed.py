@@ -1,0 +1,81 @@
+"""DistributedDataParallel: two real processes on gloo, and more than a bucket of parameters."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import mhc_compile
+
+from .models import GPT, ids
+
+WIDTH, LAYERS = 128, 4
+MEBIBYTE = 2**20
+
+
+def build() -> nn.Module:
+    """A transformed, perturbed model with more parameters than DDP's first bucket of 1 MiB."""
+    torch.manual_seed(0)
+    model = GPT(layers=LAYERS, width=WIDTH)
+    mhc_compile.transform(model, n=2, example_inputs=(ids(4),))
+    with torch.no_grad():
+        for p in mhc_compile.parameters(model):
+            p.add_(0.5 * torch.randn_like(p))
+    return model
+
+
+def gradients(model: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    model(tokens).float().square().mean().backward()
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return {name: p.grad for name, p in inner.named_parameters()}
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    try:
+        model = DistributedDataParallel(build())
+        found = gradients(model, ids(4)[2 * rank : 2 * rank + 2])
+        if rank == 0:
+            torch.save(found, os.path.join(folder, "gradients.pt"))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one() -> None:
+    model = build()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert size > 2 * MEBIBYTE
+    expected = gradients(model, ids(4))
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(worker, args=(folder,), nprocs=2)
+        found = torch.load(os.path.join(folder, "gradients.pt"))
+    assert found.keys() == expected.keys()
+    assert sum(".mhc." in name for name in found) == 3 * 2 * LAYERS
+    for name, gradient in expected.items():
+        scale = gradient.norm().clamp_min(1e-6)
+        assert (found[name] - gradient).norm() < 1e-4 * scale, name
+
+
+@pytest.fixture
+def alone() -> object:
+    """A process group of this process only."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/s", rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_compiling_around_ddp_is_refused_in_words() -> None:
+    model = DistributedDataParallel(build())
+    with pytest.raises(Exception, match=r"DistributedDataParallel|optimize_ddp"):
+        torch.compile(model, backend="mhc")(ids(4))
