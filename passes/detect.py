@@ -236,9 +236,14 @@ class _Detector:
         return Reason.INDEPENDENT
 
     def _activations(self, node: fx.Node) -> list[fx.Node]:
-        """The floating-point inputs of a node that are not learned."""
-        known = self.context.trainable
-        return [s for s in self.flow.inputs(node) if is_float_tensor(s) and s.name not in known]
+        """The inputs of a node that are neither learned nor statistics: of the node's rank."""
+        return [
+            source
+            for source in self.flow.inputs(node)
+            if is_float_tensor(source)
+            and source.name not in self.context.trainable
+            and len(shape_of(source)) == len(shape_of(node))
+        ]
 
     def _shares_stream(
         self, sources: list[fx.Node], terms: list[fx.Node], but: fx.Node | None = None

