@@ -89,6 +89,8 @@ def _compile(
         trainable=_trainable(work, example_inputs),
         broken_at=_torch.break_reason(gm),
     )
+    if "canonicalize" in declared.disabled:
+        collect(work.graph, context)
     work, entries = run_pipeline(
         work, context, _with_collection(PIPELINE), disabled=declared.disabled
     )
@@ -138,9 +140,11 @@ def _refuse_constants(gm: fx.GraphModule) -> None:
 
 def _erase_declarations(gm: fx.GraphModule) -> None:
     """Only where a disabled pass left them: running one raises."""
-    for node in list(declaration_nodes(gm.graph)):
-        gm.graph.erase_node(node)
-    gm.recompile()
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in list(declaration_nodes(module.graph)):
+                module.graph.erase_node(node)
+            module.recompile()
 
 
 def _trainable(gm: fx.GraphModule, inputs: Sequence[Any]) -> frozenset[str]:

@@ -49,13 +49,13 @@ def record(
     inputs: Sequence[Any],
 ) -> None:
     """Remember a graph under the mHC parameters among its inputs."""
-    assert context.detection is not None or context.declarations is not None
     sites = context.detection.sites if context.detection is not None else []
     graph = RewrittenGraph(before, after, tuple(history), tuple(sites))
     names = [n.name for n in after.graph.nodes if n.op == "placeholder"]
     values, number = dict(zip(names, inputs, strict=True)), next(_number)
-    for site in sites:
-        for parameter in site.parameters:
+    declared = [d for group in (context.declarations or {}).values() for d in group]
+    for owner in declared or sites:
+        for parameter in owner.parameters:
             value = values[parameter.name]
             if isinstance(value, Tensor):
                 _graphs.setdefault(value, {})[number] = graph
