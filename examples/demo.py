@@ -1,6 +1,6 @@
 """A small language model, plain and as an mHC model, side by side on one page of output.
 
-    python examples/demo.py              about two minutes on two cores
+    python examples/demo.py              a minute or two
     python examples/demo.py --steps 50   shorter
 
 A Llama of four layers with random weights (Hugging Face `LlamaConfig`) reads English text one byte
@@ -269,5 +269,5 @@ def heading(words: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     main(parser.parse_args().steps)

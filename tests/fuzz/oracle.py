@@ -44,8 +44,12 @@ POINTWISE = set(
 NORMS = {"layer_norm", "rms_norm"}
 RESHAPES = set("reshape view flatten unflatten unsqueeze squeeze".split())
 PERMUTATIONS = set("transpose permute swapaxes movedim t mT".split())
-SLICES = set("getitem select narrow chunk split cat stack concat unbind expand repeat roll flip".split())
-REDUCTIONS = set("mean sum amax amin max min argmax softmax log_softmax norm var std normalize".split())
+SLICES = set(
+    "getitem select narrow chunk split cat stack concat unbind expand repeat roll flip".split()
+)
+REDUCTIONS = set(
+    "mean sum amax amin max min argmax softmax log_softmax norm var std normalize".split()
+)
 CONSTANTS = set(
     "zeros ones full empty zeros_like ones_like new_zeros new_ones new_full arange eye".split()
 )
@@ -229,9 +233,7 @@ class Oracle:
             return [node]
         return [leaf for operand in self.operands[node] for leaf in self.leaves(operand)]
 
-    def terms(
-        self, add: fx.Node, outside: list[fx.Node], residual: Adds
-    ) -> list[fx.Node]:
+    def terms(self, add: fx.Node, outside: list[fx.Node], residual: Adds) -> list[fx.Node]:
         """The terms of an add; `outside` are the terms of the tree that stand above it."""
         found = []
         left, right = self.operands[add]
@@ -243,9 +245,7 @@ class Oracle:
                 found += self.terms(operand, siblings, residual)
         return found
 
-    def stands_alone(
-        self, inner: fx.Node, siblings: list[fx.Node], residual: Adds
-    ) -> bool:
+    def stands_alone(self, inner: fx.Node, siblings: list[fx.Node], residual: Adds) -> bool:
         """Whether an inner add is a residual add of another stream than its siblings'."""
         alone = self.judge(inner, residual).get(inner)
         return alone is not None and not any(self.depends_mixing(t, alone.x) for t in siblings)

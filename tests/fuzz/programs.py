@@ -682,7 +682,9 @@ class Writer:
         if kind == "position":
             return f"{x} + {self.parameter('pos', f'torch.randn{self.shape()}')}"
         if kind == "broadcast_position":
-            return f"{x} + {self.parameter('pos', f'torch.randn{self.shape()[1:]}')}".replace(",)", ")")
+            return f"{x} + {self.parameter('pos', f'torch.randn{self.shape()[1:]}')}".replace(
+                ",)", ")"
+            )
         if kind == "conditioned":
             return f"torch.sigmoid({self.linear('gate')}(mem){self.to(self.layout)}) * {x}"
         self.tag("float32_cast" if kind == "float32_cast" else None)
@@ -743,7 +745,9 @@ class Writer:
         terms = [[s, *fs][i] for i in site.order]
         for merge, spelling in zip(site.merges, site.spellings, strict=True):
             i = merge % (len(terms) - 1)
-            terms[i : i + 2] = [self.add(terms[i], terms[i + 1], spelling, s, ours, len(terms) == 2)]
+            terms[i : i + 2] = [
+                self.add(terms[i], terms[i + 1], spelling, s, ours, len(terms) == 2)
+            ]
         self.set_stream(terms[0], owned=True)
         if site.after:
             self.tag("post_norm")

@@ -167,7 +167,9 @@ def never_merge(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def any_dependence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pointwise branches count as branches."""
-    monkeypatch.setattr(DataFlow, "computes_from", lambda self, t, x: t is not x and self.depends(t, x))
+    monkeypatch.setattr(
+        DataFlow, "computes_from", lambda self, t, x: t is not x and self.depends(t, x)
+    )
 
 
 def take_states(monkeypatch: pytest.MonkeyPatch) -> None:

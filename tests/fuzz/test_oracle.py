@@ -290,7 +290,14 @@ def test_verdicts(function: Callable[[Net, Tensor, Tensor], object], verdicts: l
 
 @pytest.mark.parametrize(
     ("function", "chains"),
-    [(pre_norm, 1), (relayout, 1), (lost_channels, 2), (encoder_decoder, 2), (long_skip, 3), (inner_chain, 3)],
+    [
+        (pre_norm, 1),
+        (relayout, 1),
+        (lost_channels, 2),
+        (encoder_decoder, 2),
+        (long_skip, 3),
+        (inner_chain, 3),
+    ],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_chains(function: Callable[[Net, Tensor, Tensor], object], chains: int) -> None:

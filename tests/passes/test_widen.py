@@ -238,9 +238,7 @@ def test_channels_first_streams_mix_over_positions() -> None:
         first, second = m.mhc[names[0]], m.mhc[names[1]]
         X = site(expand(last(x)), first, lambda h: last(m.scale[0] * conv(h.movedim(-1, 1))))
         X = torch.relu(X)
-        X = site(
-            X, second, lambda h: last(m.scale[1] * conv(torch.relu(h.movedim(-1, 1))))
-        )
+        X = site(X, second, lambda h: last(m.scale[1] * conv(torch.relu(h.movedim(-1, 1)))))
         return torch.relu(X.mean(-2).movedim(-1, 1))
 
     model = Program(plain).double()
