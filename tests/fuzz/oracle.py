@@ -36,7 +36,8 @@ import torch
 from torch import fx
 
 POINTWISE = set(
-    "add sub rsub mul truediv div neg pos abs pow square sqrt rsqrt reciprocal exp log sin cos tanh "
+    "add sub rsub mul truediv div neg pos abs pow square sqrt rsqrt reciprocal exp log sin cos "
+    "tanh "
     "sigmoid relu gelu silu elu softplus erf clamp where masked_fill lerp addcmul clone contiguous "
     "to float double half bfloat16 type type_as dropout alpha_dropout round long int mod remainder "
     "floordiv ge gt le lt eq ne invert and or".split()
@@ -161,8 +162,8 @@ class Oracle:
         if name not in POINTWISE:
             return []
         return [
-            (operand, operands[:i] + operands[i + 1 :])
-            for i, operand in enumerate(operands)
+            (operand, [other for other in operands if other is not operand])
+            for operand in dict.fromkeys(operands)
             if is_float(operand) and shape(operand) == shape(u) and not is_weight(operand)
         ]
 

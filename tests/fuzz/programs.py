@@ -221,7 +221,8 @@ NORMS = ("layer_norm", "rms_norm", "spelled_norm")
 IN_PLACE = ("iadd_stream", "iadd_branch", "add__stream", "add__branch")
 SPELLINGS = ("plus", "torch_add", "method_add", "alpha", *IN_PLACE)
 BRANCHES = (
-    "linear", "matmul", "mlp", "spelled_gelu", "attention", "sdpa", "rotary", "bias", "conv", "cumsum",
+    "linear", "matmul", "mlp", "spelled_gelu", "attention", "sdpa", "rotary", "bias", "conv",
+    "cumsum",
     "token_mix", "glu", "self_gate", "cross", "memory", "delta_rule",
     "integer_add",
 )  # fmt: skip

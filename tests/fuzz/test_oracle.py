@@ -158,6 +158,13 @@ def sum_of_states(net: Net, x: Tensor, y: Tensor) -> Tensor:
     return blocks(net, x, 3) + x
 
 
+def doubled(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    for _ in range(2):
+        x = blocks(net, x, 1)
+        x = x + x
+    return x
+
+
 def long_skip(net: Net, x: Tensor, y: Tensor) -> Tensor:
     for _ in range(2):
         x = x + net.h(blocks(net, x, 2))
@@ -252,6 +259,7 @@ def hidden_states(net: Net, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         (two_chains_of_one, 0),
         (ended_by_pointwise, 2),
         (sum_of_states, 3),
+        (doubled, 2),
         (long_skip, 6),
         (long_skip_over_one, 3),
         (inner_chain, 6),

@@ -43,7 +43,7 @@ def test_a_failure_names_the_pass_and_those_before_it() -> None:
 def test_a_broken_postcondition_is_an_error() -> None:
     gm, context = captured(lambda m, x: x + m.a(x))
     step = Pass("first", identity, lambda gm, context: ["no good"])
-    with pytest.raises(RuntimeError, match="pass 'first' broke its postcondition.*no good"):
+    with pytest.raises(RuntimeError, match=r"pass 'first' broke its postcondition.*no good"):
         run_pipeline(gm, context, [step])
 
 
