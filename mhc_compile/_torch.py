@@ -53,8 +53,10 @@ __all__ = [
     "first_paragraph",
     "graph_breaks",
     "inductor_options",
+    "is_cut_for_ddp",
     "is_forced_eager",
     "is_inductor_option",
+    "is_known_to_ddp",
     "is_listing_parameters",
     "is_symbolically_traced",
     "own_cache",
@@ -147,6 +149,20 @@ def break_reason(gm: fx.GraphModule) -> str | None:
     frame = reason.user_stack[-1] if reason.user_stack else None
     where = f"{frame.filename}:{frame.lineno}" if frame is not None else "an unknown place"
     return f"{where} ({str(reason.reason).splitlines()[0]})"
+
+
+def is_cut_for_ddp(gm: fx.GraphModule) -> bool:
+    """Whether a graph is a piece that Dynamo cut out for a gradient bucket of DDP."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and "DDPOptimizer" in str(reason.reason)
+
+
+def is_known_to_ddp(parameter: torch.Tensor) -> bool:
+    """False inside the forward of a DDP module that was made before the parameter was."""
+    active = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if active is None or not parameter.requires_grad:
+        return True
+    return any(known is parameter for known in active._module_parameters)
 
 
 def calling_module() -> torch.nn.Module | None:

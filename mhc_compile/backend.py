@@ -27,7 +27,7 @@ from .passes.errors import GraphBreakError, MhcError, NoSitesError, UnsupportedE
 from .passes.pipeline import PIPELINE
 from .passes.runner import Pass, run_pipeline
 from .passes.sites import stack_of
-from .transform import attach, context_of, options_of
+from .transform import DDP_COMES_LAST, attach, context_of, options_of
 
 __all__ = ["check_options", "eager", "mhc"]
 
@@ -75,6 +75,13 @@ def _compile(
     lower: Callable[[fx.GraphModule, Sequence[Any]], Runner],
 ) -> Runner:
     """All passes on one graph; ``own`` are options of this library, None for a plain call."""
+    if _torch.is_cut_for_ddp(gm):
+        raise UnsupportedError(
+            "torch.compile of a DistributedDataParallel model is cut at its gradient buckets, in "
+            "the middle of the residual streams, before any backend sees it. Compile the model "
+            "inside: model.compile(backend='mhc'), then DistributedDataParallel(model); or set "
+            "torch._dynamo.config.optimize_ddp = False."
+        )
     captured, work = copy_graph(gm), copy_graph(gm)
     declared = _declared_config(work)
     if declared is None:
@@ -95,6 +102,7 @@ def _compile(
         work, context, _with_collection(PIPELINE), disabled=declared.disabled
     )
     _erase_declarations(work)
+    _require_synchronisation(work, context, example_inputs)
     runner = lower(work, example_inputs)
     history.record(captured, work, entries, context, example_inputs)
     return runner
@@ -136,6 +144,15 @@ def _refuse_constants(gm: fx.GraphModule) -> None:
                 "transformed model. Turn it off, or use model.compile(backend='mhc') in place of "
                 "torch.compile(model, backend='mhc'): it does so for its own calls."
             )
+
+
+def _require_synchronisation(gm: fx.GraphModule, context: Context, inputs: Sequence[Any]) -> None:
+    """DistributedDataParallel averages the gradients of what it knew when it was made."""
+    names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    values = dict(zip(names, inputs, strict=True))
+    declared = [d for group in (context.declarations or {}).values() for d in group]
+    if not all(_torch.is_known_to_ddp(values[p.name]) for d in declared for p in d.parameters):
+        raise UnsupportedError(DDP_COMES_LAST)
 
 
 def _erase_declarations(gm: fx.GraphModule) -> None:

@@ -24,6 +24,7 @@ from .passes.errors import (
     MhcError,
     NoSitesError,
     NotTransformedError,
+    UnsupportedError,
 )
 from .passes.pipeline import EXAMINE
 from .passes.runner import run_pipeline
@@ -33,6 +34,10 @@ from .pending import is_pending, postpone, refuse_pending, withdraw
 __all__ = ["examine", "parameters", "revert", "transform"]
 
 M = TypeVar("M", bound=nn.Module)
+DDP_COMES_LAST = (
+    "DistributedDataParallel was made before the mHC parameters and would not average their "
+    "gradients. Transform first: DistributedDataParallel(mhc_compile.transform(model))."
+)
 
 
 def transform(
@@ -217,6 +222,8 @@ def _check_model(model: object) -> None:
             f"{type(model).__name__} has parameters whose shape is not known yet (lazy modules); "
             "call it once before mhc_compile.transform"
         )
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise UnsupportedError(DDP_COMES_LAST)
     if is_pending(model):
         raise DoubleTransformError(
             f"{type(model).__name__} is waiting for its first call to be transformed; call "

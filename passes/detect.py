@@ -96,7 +96,8 @@ class _Detector:
             )
         ]
         if free:
-            operand = next((u for u in free if self.base[u] in self.sites), free[0])
+            # Of gate * x the stream is the one that others read too.
+            operand = max(free, key=lambda u: (self.base[u] in self.sites, len(u.users) > 1))
             self.up[node] = operand
             self.base[node] = self.base[operand]
 
@@ -147,7 +148,7 @@ class _Detector:
 
     def _merges(self, inner: fx.Node, sibling: fx.Node) -> bool:
         """Whether an inner add is a part of the outer sum and not a site of another stream."""
-        if not _is_add(inner) or len(inner.users) != 1 or inner not in self.terms:
+        if inner is sibling or not self._is_private_add(inner):
             return False
         site = self.sites.get(inner)
         if site is None:

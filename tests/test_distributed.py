@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 
@@ -13,8 +14,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mhc_compile
+from mhc_compile import _torch
+from mhc_compile.passes.errors import ExampleInputsError, UnsupportedError
 
-from .models import GPT, ids
+from .models import GPT, ids, relative
 
 WIDTH, LAYERS = 128, 4
 MEBIBYTE = 2**20
@@ -75,7 +78,45 @@ def alone() -> object:
 
 
 @pytest.mark.usefixtures("alone")
-def test_compiling_around_ddp_is_refused_in_words() -> None:
-    model = DistributedDataParallel(build())
-    with pytest.raises(Exception, match=r"DistributedDataParallel|optimize_ddp"):
-        torch.compile(model, backend="mhc")(ids(4))
+@pytest.mark.parametrize("transformed", [True, False])
+def test_compiling_around_ddp_is_refused_in_words(transformed: bool) -> None:
+    model = build() if transformed else GPT(layers=LAYERS, width=2 * WIDTH)
+    message = r"cut at its gradient buckets.*model\.compile\(backend='mhc'\).*optimize_ddp = False"
+    with pytest.raises(Exception, match=message):
+        torch.compile(DistributedDataParallel(model), backend="mhc")(ids(4))
+
+
+@pytest.mark.usefixtures("alone")
+def test_compiling_inside_ddp_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph, for forward and backward; Inductor's place is taken by the graph itself."""
+    graphs = []
+
+    def run(gm: torch.fx.GraphModule, *_: object) -> object:
+        graphs.append(gm)
+        return gm.forward
+
+    monkeypatch.setattr(_torch, "compile_inductor", run)
+    model = build()
+    expected = gradients(copy.deepcopy(model), ids(4))
+    model.compile(backend="mhc")
+    found = gradients(DistributedDataParallel(model), ids(4))
+    assert len(graphs) == 1
+    assert all(relative(found[name], gradient) < 1e-4 for name, gradient in expected.items())
+
+
+@pytest.mark.usefixtures("alone")
+def test_parameters_made_after_ddp_are_not_left_out_silently() -> None:
+    """DDP averages the gradients of the parameters that it was made with."""
+    wrapped = DistributedDataParallel(GPT())
+    comes_last = r"DistributedDataParallel\(mhc_compile\.transform\(model\)\)"
+    with pytest.raises(UnsupportedError, match=comes_last):
+        mhc_compile.transform(wrapped, example_inputs=(ids(),))
+    mhc_compile.transform(wrapped.module, example_inputs=(ids(),))
+    with pytest.raises(UnsupportedError, match=comes_last):
+        wrapped(ids())
+    with pytest.raises(ExampleInputsError, match="at its first call"):
+        DistributedDataParallel(mhc_compile.transform(GPT()))
+    model = mhc_compile.transform(GPT(), example_inputs=(ids(),))
+    for parameter in mhc_compile.parameters(model):
+        parameter.requires_grad_(False)
+    DistributedDataParallel(model)(ids())  # which has nothing to average for frozen ones

@@ -87,10 +87,10 @@ def test_n_must_be_a_positive_integer(n):
             mhc_compile.transform(model, n, example_inputs=(ids(),))
 
 
-def test_arguments_that_contradict_each_other_are_refused():
-    model = GPT()
-    with untouched(model, ids()), pytest.raises(ValueError, match=r"n=3 and config\.n=4 disagree"):
-        mhc_compile.transform(model, 3, example_inputs=(ids(),), config=mhc_compile.Config(n=4))
+def test_n_given_beside_a_config_is_the_number_of_streams():
+    config = mhc_compile.Config(sinkhorn_iters=3)
+    model = mhc_compile.transform(GPT(), 3, example_inputs=(ids(),), config=config)
+    assert next(mhc_compile.parameters(model)).shape[0] == 3 * WIDTH
 
 
 @pytest.mark.parametrize("config", [4, {"n": 4}, "mhc"])

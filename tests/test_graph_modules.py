@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 import mhc_compile
+from mhc_compile.passes.errors import UnsupportedError
 
 from .models import GPT, WIDTH, ids, relative
 
@@ -123,3 +125,34 @@ def test_a_traced_part_of_a_model_belongs_to_the_model() -> None:
     assert relative(model(x), expected) < 1e-12
     perturb(model)
     assert relative(model(x), expected) > 1e-3
+
+
+@KINDS
+def test_a_transformed_graph_is_not_pickled(kind: str) -> None:
+    """fx writes the graph and not the class: the copy would be plain."""
+    _, graph, x, _ = make(kind)
+    mhc_compile.transform(graph, example_inputs=(x,))
+    for module in (graph, nn.Sequential(graph)):
+        with pytest.raises(UnsupportedError, match=r"cannot be pickled.*mhc_compile\.save"):
+            pickle.dumps(module)
+
+
+def test_an_exported_module_keeps_its_dynamic_shapes() -> None:
+    model = GPT().double()
+    sizes = {0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("length", min=2, max=8)}
+    graph = torch.export.export(model, (ids(),), dynamic_shapes={"ids": sizes}).module()
+    mhc_compile.transform(graph, example_inputs=(ids(),))
+    for shape in ((2, 5), (3, 7), (4, 2)):
+        assert relative(graph(ids(*shape)), model(ids(*shape))) < 1e-12
+
+
+def test_an_unflattened_export_has_the_names_of_its_model() -> None:
+    model = GPT().double()
+    graph = torch.export.unflatten(torch.export.export(model, (ids(),)))
+    mhc_compile.transform(graph, example_inputs=(ids(),))
+    mhc_compile.transform(model, example_inputs=(ids(),))
+    keys = [{k for k in m.state_dict() if "mhc" in k} for m in (graph, model)]
+    assert keys[0] == keys[1]
+    perturb(graph)
+    model.load_state_dict({k: v for k, v in graph.state_dict().items() if "mhc" in k}, strict=False)
+    assert relative(graph(ids()), model(ids())) < 1e-12
