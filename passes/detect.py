@@ -20,7 +20,9 @@ Note [Linear time]
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 import networkx as nx
 import torch
@@ -53,10 +55,10 @@ class _Detector:
         self.context = context
         self.flow = DataFlow(graph)
         self.up: dict[fx.Node, fx.Node] = {}
+        self.carriers: dict[fx.Node, list[fx.Node]] = {}  # the operands that ``up`` can lead to
         self.base: dict[fx.Node, fx.Node] = {}
         self.sites: dict[fx.Node, Site] = {}
         self.terms: dict[fx.Node, list[fx.Node]] = {}
-        self.adds: dict[fx.Node, list[fx.Node]] = {}
         self.rejected: dict[fx.Node, Rejected] = {}
 
     def run(self) -> Detection:
@@ -98,6 +100,7 @@ class _Detector:
         if free:
             # Of gate * x the stream is the one that others read too.
             operand = max(free, key=lambda u: (self.base[u] in self.sites, len(u.users) > 1))
+            self.carriers[node] = free
             self.up[node] = operand
             self.base[node] = self.base[operand]
 
@@ -112,52 +115,47 @@ class _Detector:
         return is_reduction_of(self.flow, node, base)
 
     def _visit_add(self, node: fx.Node) -> None:
-        a, b = node.args
-        assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+        a, b = _operands(node)
         if not (same_shape(a, node) and same_shape(b, node)):
             self._reject(node, Reason.BROADCAST)
             return
-        terms, adds = self._gather_terms(node, a, b)
+        terms, adds = self._gather_terms(node)
+        self.terms[node] = terms
         choice = self._find_skip(terms)
         if isinstance(choice, Reason):
             self._reject(node, choice)
             return
         skip, x, path = choice
         branch = [t for t in terms if t is not skip]
+        self._go_along([*path, x])
         self.base[node] = node
-        self.terms[node], self.adds[node] = terms, adds
         self.sites[node] = Site(node, x, skip, path, branch, adds)
         for inner in adds[:-1]:
             self.sites.pop(inner, None)
             self._reject(inner, Reason.PART_OF_SITE)
 
-    def _gather_terms(
-        self, node: fx.Node, a: fx.Node, b: fx.Node
-    ) -> tuple[list[fx.Node], list[fx.Node]]:
-        """The terms of the sum that ends in ``node``, and its adds (``node`` last)."""
+    def _gather_terms(self, node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+        """The terms of the sum that ends in ``node``, in order, and its adds (``node`` last)."""
         terms: list[fx.Node] = []
         adds: list[fx.Node] = []
-        for operand, sibling in ((a, b), (b, a)):
-            if self._merges(operand, sibling):
-                terms += self.terms.get(operand, [operand])
-                adds += self.adds.get(operand, [])
-            else:
-                terms.append(operand)
-        self.terms[node], self.adds[node] = terms, [*adds, node]
-        return terms, self.adds[node]
+        pending: list[tuple[fx.Node, list[fx.Node]]] = [(node, [])]  # a term, what stands beside
+        while pending:
+            term, beside = pending.pop()
+            if term is not node and not self._merges(term, beside):
+                terms.append(term)
+                continue
+            adds.append(term)
+            a, b = _operands(term)
+            pending += [(b, [*beside, a]), (a, [*beside, b])]
+        return terms, sorted(adds, key=self.flow.index.__getitem__)
 
-    def _merges(self, inner: fx.Node, sibling: fx.Node) -> bool:
-        """Whether an inner add is a part of the outer sum and not a site of another stream."""
-        if inner is sibling or not self._is_private_add(inner):
+    def _merges(self, inner: fx.Node, beside: list[fx.Node]) -> bool:
+        """Whether a term is an add that is a part of the sum, not a site of another stream."""
+        used_once = len(inner.users) == 1 and inner not in beside
+        if inner not in self.terms or not used_once:
             return False
         site = self.sites.get(inner)
-        if site is None:
-            return True
-        others = self.terms[sibling] if self._is_private_add(sibling) else [sibling]
-        return any(self.flow.computes_from(t, site.x) for t in others)
-
-    def _is_private_add(self, node: fx.Node) -> bool:
-        return _is_add(node) and len(node.users) == 1 and node in self.terms
+        return site is None or any(self.flow.computes_from(t, site.x) for t in beside)
 
     def _find_skip(self, terms: list[fx.Node]) -> tuple[fx.Node, fx.Node, list[fx.Node]] | Reason:
         """The term that carries the stream, x, and the path between them; or why there is none."""
@@ -165,28 +163,49 @@ class _Detector:
         reason = Reason.INDEPENDENT
         for skip in dict.fromkeys(terms):
             others = [t for t in terms if t is not skip]
-            base = self.base.get(skip, skip)
-            if not any(self.flow.depends(t, base) for t in others):
-                continue
-            path: list[fx.Node] = []
-            state: fx.Node | None = skip
-            while state is not None:
-                computed = [t for t in others if self.flow.computes_from(t, state)]
-                if computed:
+            for way in self._ways(skip):
+                if not any(self.flow.depends(t, way[-1]) for t in others):
+                    continue
+                reason = Reason.POINTWISE_BRANCH
+                for position, state in enumerate(way):
+                    computed = [t for t in others if self.flow.computes_from(t, state)]
+                    if not computed:
+                        continue
                     problem = self._not_a_branch(state, computed)
                     if problem is None:
-                        found.append((self.flow.index[state], skip, state, path))
+                        found.append((self.flow.index[state], skip, state, way[:position]))
                     else:
                         reason = problem
                     break
-                path = [*path, state]
-                state = self.up.get(state)
-            else:
-                reason = Reason.POINTWISE_BRANCH
         if not found:
             return reason if reason is not Reason.INDEPENDENT else self._why_not(terms)
         _, skip, x, path = min(found, key=lambda f: f[0])
         return skip, x, path
+
+    def _ways(self, skip: fx.Node) -> Iterator[list[fx.Node]]:
+        """The stream-wise ways back from a term, that along ``up`` first."""
+        seen: set[fx.Node] = set()
+        pending = [[skip]]
+        while pending:
+            way = pending.pop()
+            if way[-1] in seen:
+                continue
+            while True:
+                last = way[-1]
+                seen.add(last)
+                up = self.up.get(last)
+                others = [u for u in self.carriers.get(last, ()) if u is not up and u not in seen]
+                pending += [[*way, other] for other in others]
+                if up is None or up in seen:
+                    break
+                way.append(up)
+            yield way
+
+    def _go_along(self, way: list[fx.Node]) -> None:
+        """Let the streams take this way, where an operation could carry those of two operands."""
+        for node, operand in reversed(list(pairwise(way))):
+            self.up[node] = operand
+            self.base[node] = self.base[operand]
 
     def _not_a_branch(self, x: fx.Node, computed: list[fx.Node]) -> Reason | None:
         if any(self._is_later_state(t, x) for t in computed):
@@ -533,6 +552,12 @@ def _is_add(node: fx.Node) -> bool:
         and is_float_tensor(node)
         and len(shape_of(node)) > 0
     )
+
+
+def _operands(add: fx.Node) -> tuple[fx.Node, fx.Node]:
+    a, b = add.args
+    assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    return a, b
 
 
 def _is_constant(node: fx.Node) -> bool:

@@ -111,9 +111,7 @@ def apply_streamwise(node: fx.Node, operand: fx.Node, streams: Any, axis: int, n
     new_axis = transfer_axis(node, operand, axis)
     assert new_axis is not None
     if kind_of(node) is Kind.DROPOUT:
-        # One mask, drawn as the plain model draws it, shared by all streams.
-        one = torch.ones_like(front[0], memory_format=torch.contiguous_format)
-        result = front * _substitute(node, operand, one)
+        result = front * _substitute(node, operand, _ones(node, front[0]))
     elif name in _RESHAPES or name in _PERMUTES or name in _RESIZES:
         result = _moved(node, operand, front, n)
     elif kind_of(node) is Kind.NORM and not _norms_rows(node):
@@ -121,6 +119,21 @@ def apply_streamwise(node: fx.Node, operand: fx.Node, streams: Any, axis: int, n
     else:
         result = _substitute(node, operand, front)
     return from_front(result, new_axis)
+
+
+def _ones(dropout: fx.Node, like: Any) -> Any:
+    """What to drop from, for one mask that all streams share and the plain model would draw.
+
+    Random numbers are drawn in the order of memory: the ones lie as the plain operand does.
+    """
+    value = value_of(dropout)
+    assert isinstance(value, torch.Tensor)
+    order = list(value.dim_order())
+    back = sorted(range(len(order)), key=order.__getitem__)
+    if order == back:
+        return torch.ones_like(like, memory_format=torch.contiguous_format)
+    ones: Any = torch.ones_like(like.permute(order), memory_format=torch.contiguous_format)
+    return ones.permute(back)
 
 
 def to_front(streams: Any, axis: int) -> Any:

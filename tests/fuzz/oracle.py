@@ -1,8 +1,8 @@
 """Which adds of a captured graph are residual sites: the definition, written out by brute force.
 
 This is the specification in executable form, to compare the detector with. It imports nothing of
-the library, builds no index and caches nothing: every question (does t depend on x, is u a
-function of x stream by stream, ...) is answered by walking the graph again. Tiny graphs only.
+the library and builds no index: every question (does t depend on x, is u a function of x stream
+by stream, ...) is answered by walking the graph. Tiny graphs only.
 
 The definitions, on a torch-level graph as Dynamo hands it to a backend:
 
@@ -108,33 +108,18 @@ class Oracle:
                 self.operands[node].append(operand)
             if is_in_place(node):
                 now[self.operands[node][0]] = node
-        live = self.ancestors(self.nodes[-1])
+        self.ancestors: dict[fx.Node, set[fx.Node]] = {}  # a node and all that it is computed from
+        for node in self.nodes:
+            above = [self.ancestors[operand] for operand in self.operands[node]]
+            self.ancestors[node] = {node}.union(*above)
+        live = self.ancestors[self.nodes[-1]]
         self.nodes = [node for node in self.nodes if node in live]
 
     # -- dependence ------------------------------------------------------------------------------
 
-    def ancestors(self, t: fx.Node) -> set[fx.Node]:
-        """t and everything it is computed from."""
-        found: set[fx.Node] = set()
-        todo = [t]
-        while todo:
-            node = todo.pop()
-            if node not in found:
-                found.add(node)
-                todo += self.operands[node]
-        return found
-
-    def descendants(self, x: fx.Node) -> set[fx.Node]:
-        """x and everything that is computed from it."""
-        found = {x}
-        for node in self.nodes:
-            if any(operand in found for operand in self.operands[node]):
-                found.add(node)
-        return found
-
     def depends(self, t: fx.Node, x: fx.Node) -> bool:
         """Whether t is x or is computed from it."""
-        return t in self.descendants(x)
+        return x in self.ancestors[t]
 
     def depends_mixing(self, t: fx.Node, x: fx.Node) -> bool:
         """Whether some way from x to t passes an operation that mixes channels or tokens."""
@@ -142,7 +127,7 @@ class Oracle:
 
     def between(self, x: fx.Node, t: fx.Node) -> set[fx.Node]:
         """The nodes on the ways from x to t, t among them, x not."""
-        return (self.descendants(x) & self.ancestors(t)) - {x}
+        return {n for n in self.ancestors[t] if self.depends(n, x)} - {x}
 
     # -- streams ---------------------------------------------------------------------------------
 
@@ -164,7 +149,7 @@ class Oracle:
         return [
             (operand, [other for other in operands if other is not operand])
             for operand in dict.fromkeys(operands)
-            if is_float(operand) and shape(operand) == shape(u) and not is_weight(operand)
+            if is_float(operand) and shape(operand) == shape(u)
         ]
 
     def walks(self, u: fx.Node, residual: Adds) -> list[list[fx.Node]]:

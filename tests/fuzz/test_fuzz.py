@@ -136,13 +136,8 @@ def check_program(program: Program) -> None:
     assert checks.output_error(other.outputs, plain.outputs) > 10 * tolerance
 
 
-# Detector and oracle still disagree on rare programs (found: gates, nested chains).
-KNOWN_DISAGREEMENT = pytest.mark.xfail(
-    raises=AssertionError, strict=False, reason="detector and oracle disagree on rare programs"
-)
 
 
-@KNOWN_DISAGREEMENT
 @pytest.mark.timeout(0 if EXAMPLES > 1000 else 1200)
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_programs(chunk: int) -> None:
@@ -184,7 +179,6 @@ def take_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detector._Detector, "_is_later_state", lambda self, node, x: False)
 
 
-@KNOWN_DISAGREEMENT
 @pytest.mark.parametrize("bug", [forget_norms, never_merge, any_dependence, take_states])
 def test_seeded_bug_is_caught(
     bug: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
