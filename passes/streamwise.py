@@ -128,12 +128,11 @@ def _ones(dropout: fx.Node, like: Any) -> Any:
     """
     value = value_of(dropout)
     assert isinstance(value, torch.Tensor)
-    order = list(value.dim_order())
+    order = value.dim_order()
     back = sorted(range(len(order)), key=order.__getitem__)
-    if order == back:
-        return torch.ones_like(like, memory_format=torch.contiguous_format)
-    ones: Any = torch.ones_like(like.permute(order), memory_format=torch.contiguous_format)
-    return ones.permute(back)
+    lying = like if value.is_contiguous() else like.permute(order)
+    ones: Any = torch.ones_like(lying, memory_format=torch.contiguous_format)
+    return ones if lying is like else ones.permute(back)
 
 
 def to_front(streams: Any, axis: int) -> Any:

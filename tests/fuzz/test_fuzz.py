@@ -19,7 +19,6 @@ from mhc_compile import Config
 from mhc_compile.capture import copy_graph
 from mhc_compile.passes import detect as detector
 from mhc_compile.passes.canonicalize import canonicalize
-from mhc_compile.passes.dataflow import DataFlow
 from mhc_compile.passes.detect import detect
 from mhc_compile.passes.errors import NoSitesError
 from mhc_compile.transform import context_of
@@ -167,11 +166,9 @@ def never_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detector._Detector, "_merges", lambda self, inner, sibling: False)
 
 
-def any_dependence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pointwise branches count as branches."""
-    monkeypatch.setattr(
-        DataFlow, "computes_from", lambda self, t, x: t is not x and self.depends(t, x)
-    )
+def take_recurrences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that starts at a constant, and on which no weight acts, counts as a stream."""
+    monkeypatch.setattr(detector._Detector, "_is_learned", lambda self, x, terms: True)
 
 
 def take_states(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +176,7 @@ def take_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detector._Detector, "_is_later_state", lambda self, node, x: False)
 
 
-@pytest.mark.parametrize("bug", [forget_norms, never_merge, any_dependence, take_states])
+@pytest.mark.parametrize("bug", [forget_norms, never_merge, take_recurrences, take_states])
 def test_seeded_bug_is_caught(
     bug: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

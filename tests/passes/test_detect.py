@@ -78,6 +78,14 @@ def scalar_clamp(m, x):
     return x + m.b(x)
 
 
+def gated_by_another(m, x):
+    """Either factor could carry the stream; the branch tells which one does."""
+    gate = torch.sigmoid(m.c(torch.ones(2, 3, WIDTH)))
+    x = gate * x + m.a(x)
+    x = gate * x + m.b(x)
+    return x, gate + 1
+
+
 COUNTS = {
     "pre-norm": (chain(pre, pre, pre), 3),
     "post-norm": (chain(post, post), 2),
@@ -98,6 +106,15 @@ COUNTS = {
     "parallel x + (a + b)": (chain(*[lambda m, x: x + (m.a(x) + m.b(x))] * 2), 2),
     "parallel a + (x + b)": (chain(*[lambda m, x: m.a(x) + (x + m.b(x))] * 2), 2),
     "three branches": (chain(*[lambda m, x: m.c(x) + (x + m.b(x)) + m.a(x)] * 2), 2),
+    "a constant between the branches": (
+        chain(*[lambda m, x: ((x + m.a(x)) + torch.ones_like(x)) + m.b(x)] * 2),
+        2,
+    ),
+    "one branch added to itself": (
+        chain(*[lambda m, x: x + (lambda f: f + f)(m.a(x) + m.b(x))] * 2),
+        2,
+    ),
+    "skip times a gate of its shape": (gated_by_another, 2),
     "constant in the sum": (chain(*[lambda m, x: x + torch.ones_like(x) + m.a(x)] * 2), 2),
     "adapter inside": (
         chain(*[lambda m, x: x + (lambda h: h + m.b(torch.relu(h)))(m.a(x))] * 2),

@@ -202,6 +202,23 @@ def test_dropout_on_the_stream_draws_one_mask_for_all_streams() -> None:
     torch.testing.assert_close(actual, truth(model, x), rtol=1e-11, atol=1e-11)
 
 
+def test_dropout_of_a_permuted_stream_draws_the_mask_of_the_plain_model() -> None:
+    """Random numbers fill memory in its order, and a permuted tensor keeps another one."""
+
+    def plain(m, x):
+        x = x.permute(1, 0, 2)
+        x = F.dropout(x + m.a(x), 0.5)
+        return x + m.b(x)
+
+    torch.manual_seed(2)
+    model, x = Program(plain).double(), stream(4, 5, WIDTH).double()
+    torch.manual_seed(3)
+    expected = model(x)
+    mhc_compile.transform(model, n=N, example_inputs=(x,))
+    torch.manual_seed(3)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_reduction_over_the_stream_is_computed_over_all_streams() -> None:
     """One stream may overflow while the mean of the streams does not."""
 
