@@ -31,14 +31,13 @@ _INLINED = ("tag_activation_checkpoint", "invoke_subgraph", "wrap")
 
 def canonicalize(gm: fx.GraphModule, context: Context) -> PassResult:
     """Bring every spelling of a residual add and of RMSNorm to one form."""
-    inlined = _inline_bodies(gm)
-    effects = unread(gm.graph)
     steps = {
-        "bodies inlined": inlined,
+        "bodies inlined": _inline_bodies(gm),
         "writes made functional": _remove_in_place(gm.graph),
         "adds respelled": _unify_adds(gm.graph, context),
-        "RMSNorms joined": _join_rms_norms(gm.graph),
     }
+    effects = unread(gm.graph)
+    steps["RMSNorms joined"] = _join_rms_norms(gm.graph)
     erase_dead_code(gm.graph, keep=effects)
     notes = [f"{count} {what}" for what, count in steps.items() if count]
     return PassResult(gm, changed=bool(notes), notes=notes)

@@ -37,8 +37,16 @@ def unread(graph: fx.Graph) -> frozenset[fx.Node]:
 
 
 def erase_dead_code(graph: fx.Graph, keep: frozenset[fx.Node]) -> None:
-    """Erase what nobody reads any more, except what nobody read before (``unread``)."""
-    graph.eliminate_dead_code(lambda node: node in keep or node.is_impure() or is_mutation(node))
+    """Erase what nobody reads any more, except what nobody read before (``unread``).
+
+    Dropout stays: it moves the random state, on which all later draws depend.
+    """
+
+    def stays(node: fx.Node) -> bool:
+        draws = kind_of(node) is Kind.DROPOUT
+        return node in keep or draws or node.is_impure() or is_mutation(node)
+
+    graph.eliminate_dead_code(stays)
 
 
 class DataFlow:
@@ -104,6 +112,20 @@ class DataFlow:
         while pending:
             for node in self.flow.predecessors(pending.pop()):
                 if node not in found and self.index[node] > first:
+                    found.add(node)
+                    pending.append(node)
+        return found
+
+    def used(self) -> set[fx.Node]:
+        """The nodes that an output, a write or an operation without a result depends on."""
+        found = {n for n in self.order if n.op == "output" or is_mutation(n)}
+        for node in self.order:
+            if not node.users and not holds_tensor(node):
+                found.update([node, *node.all_input_nodes])
+        pending = list(found)
+        while pending:
+            for node in self.flow.predecessors(pending.pop()):
+                if node not in found:
                     found.add(node)
                     pending.append(node)
         return found

@@ -54,6 +54,8 @@ class _Detector:
     def __init__(self, graph: fx.Graph, context: Context) -> None:
         self.context = context
         self.flow = DataFlow(graph)
+        # What was declared is a site in every graph, whatever that graph returns.
+        self.used = self.flow.used() if context.declarations is None else set(self.flow.order)
         self.up: dict[fx.Node, fx.Node] = {}
         self.carriers: dict[fx.Node, list[fx.Node]] = {}  # the operands that ``up`` can lead to
         self.base: dict[fx.Node, fx.Node] = {}
@@ -118,6 +120,9 @@ class _Detector:
         a, b = _operands(node)
         if not (same_shape(a, node) and same_shape(b, node)):
             self._reject(node, Reason.BROADCAST)
+            return
+        if node not in self.used:
+            self._reject(node, Reason.UNUSED)
             return
         terms, adds = self._gather_terms(node)
         self.terms[node] = terms

@@ -24,6 +24,7 @@ class Reason(enum.StrEnum):
     PART_OF_SITE = "one of several adds of the same site"
     SHARED_BRANCH = "the branch shares its input with the branch of another site"
     CHAIN_OF_ONE = "the only site of its chain: its streams would be equal and averaged at once"
+    UNUSED = "nothing that the model returns or writes is computed from it"
     CONTROL_FLOW = "inside the body of a control-flow operator"
     LAYOUT = "the channel axis is lost on the way to the next site"
     UNDECLARED = "not a site when the model was transformed"

@@ -6,7 +6,7 @@ by stream, ...) is answered by walking the graph. Tiny graphs only.
 
 The definitions, on a torch-level graph as Dynamo hands it to a backend:
 
-- **Dead code**, what no output depends on, is not there.
+- **Dead code**, what no output depends on, holds no sites.
 - **In-place.** After `x += f` or `x.add_(f)` every later use of x means the sum.
 - **Sum tree.** An add of two float tensors of one shape. An inner add that only the outer add
   uses belongs to the outer tree, unless it is a residual add of another stream: judged by itself
@@ -210,7 +210,7 @@ class Oracle:
         """Whether a node is an add whose only use is another add."""
         if not self.is_add(node):
             return False
-        users = [user for user in self.nodes for o in self.operands[user] if o is node]
+        users = [user for user in self.operands for o in self.operands[user] if o is node]
         return len(users) == 1 and self.is_add(users[0])
 
     def leaves(self, node: fx.Node) -> list[fx.Node]:

@@ -135,8 +135,6 @@ def check_program(program: Program) -> None:
     assert checks.output_error(other.outputs, plain.outputs) > 10 * tolerance
 
 
-
-
 @pytest.mark.timeout(0 if EXAMPLES > 1000 else 1200)
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_programs(chunk: int) -> None:

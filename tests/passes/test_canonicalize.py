@@ -144,3 +144,16 @@ def test_a_checkpointed_body_is_inlined_and_tagged() -> None:
 def test_a_graph_that_needs_nothing_is_reported_unchanged() -> None:
     gm, context = captured(lambda m, x: x + m.a(x))
     assert not canonicalize(gm, context).changed
+
+
+def test_dropout_that_nobody_reads_still_draws_its_numbers() -> None:
+    """The plain model draws them, and what is drawn later depends on it."""
+
+    def function(m, x):
+        unused = F.dropout(x, 0.5)
+        unused += m.a(x)
+        return F.dropout(m.b(x), 0.5)
+
+    gm, context = captured(function)
+    canonicalize(gm, context)
+    assert operations(gm).count("dropout") == 2

@@ -146,6 +146,7 @@ REJECTED = {
     Reason.POINTWISE_BRANCH: lambda m, x: x + torch.sin(x),
     Reason.INDEPENDENT: lambda m, x: x + torch.ones_like(x),
     Reason.BROADCAST: lambda m, x: x + m.a(x).mean(1, keepdim=True),
+    Reason.UNUSED: lambda m, x: (x + m.a(x), m.b(x))[1],
     Reason.CHAIN_OF_ONE: lambda m, x: m.d(x + m.a(x)),
 }
 
