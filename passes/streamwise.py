@@ -16,7 +16,7 @@ from torch import fx
 
 from .operators import Kind, is_float_tensor, kind_of, op_name, same_shape, shape_of, value_of
 
-__all__ = ["apply_streamwise", "is_linear", "streamwise_operands"]
+__all__ = ["apply_streamwise", "is_linear", "lay_as", "streamwise_operands", "transfer_axis"]
 
 _RESHAPES = frozenset(["view", "reshape", "flatten", "unflatten", "_unsafe_view"])
 _PERMUTES = frozenset(["transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t"])
@@ -111,7 +111,9 @@ def apply_streamwise(node: fx.Node, operand: fx.Node, streams: Any, axis: int, n
     new_axis = transfer_axis(node, operand, axis)
     assert new_axis is not None
     if kind_of(node) is Kind.DROPOUT:
-        result = front * _substitute(node, operand, _ones(node, front[0]))
+        # One mask for all streams, the one that the plain model draws.
+        ones: Any = torch.ones_like(front[0], memory_format=torch.contiguous_format)
+        result = front * _substitute(node, operand, lay_as(node, ones))
     elif name in _RESHAPES or name in _PERMUTES or name in _RESIZES:
         result = _moved(node, operand, front, n)
     elif kind_of(node) is Kind.NORM and not _norms_rows(node):
@@ -121,18 +123,18 @@ def apply_streamwise(node: fx.Node, operand: fx.Node, streams: Any, axis: int, n
     return from_front(result, new_axis)
 
 
-def _ones(dropout: fx.Node, like: Any) -> Any:
-    """What to drop from, for one mask that all streams share and the plain model would draw.
+def lay_as(plain: fx.Node, tensor: Any) -> Any:
+    """Give a tensor the order in memory that the plain model's has.
 
-    Random numbers are drawn in the order of memory: the ones lie as the plain operand does.
+    A ``view`` needs it, and random numbers are drawn in it.
     """
-    value = value_of(dropout)
+    value = value_of(plain)
     assert isinstance(value, torch.Tensor)
+    if value.is_contiguous():
+        return tensor.contiguous()
     order = value.dim_order()
     back = sorted(range(len(order)), key=order.__getitem__)
-    lying = like if value.is_contiguous() else like.permute(order)
-    ones: Any = torch.ones_like(lying, memory_format=torch.contiguous_format)
-    return ones if lying is like else ones.permute(back)
+    return tensor.permute(order).contiguous().permute(back)
 
 
 def to_front(streams: Any, axis: int) -> Any:

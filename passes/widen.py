@@ -28,7 +28,7 @@ from .detect import is_reduction_of
 from .fake import set_example_value
 from .operators import Kind, holds_tensor, kind_of, value_of
 from .sites import Detection, Site
-from .streamwise import apply_streamwise, transfer_axis
+from .streamwise import apply_streamwise, lay_as, transfer_axis
 
 __all__ = ["branch_input", "widen"]
 
@@ -134,8 +134,7 @@ class _Widener:
                     value.node._rename(name)
                 self.coefficients[site] = coefficients
                 h = reference.pre(coefficients[0], streams, dtype=dtype, compute_dtype=compute)
-            if site.channel_in != -1:
-                h = torch.movedim(h, -1, site.channel_in)
+            h = self._as_in_plain(h, site.x, site.channel_in)
             h.node._rename("h")
         mark.replace_all_uses_with(h.node)
         self.inputs[mark] = h.node
@@ -252,8 +251,7 @@ class _Widener:
                 single = reference.readout(
                     streams, self.options.readout, dtype=dtype, compute_dtype=_exact(dtype)
                 )
-            if axis != -1:
-                single = torch.movedim(single, -1, axis)
+            single = self._as_in_plain(single, state, axis)
         return single.node
 
     # --- writing nodes --------------------------------------------------------------------------
@@ -261,6 +259,12 @@ class _Widener:
     def _proxy(self, node: fx.Node) -> Any:
         """A node as an operand of the functions in ``kernels.reference``, which take tensors."""
         return fx.Proxy(node, self.tracer)
+
+    def _as_in_plain(self, single: Any, state: fx.Node, axis: int) -> Any:
+        """One stream ``[..., C]`` with the channels and the order in memory of a plain state."""
+        if axis != -1:
+            single = torch.movedim(single, -1, axis)
+        return lay_as(state, single)
 
     @contextmanager
     def _writing(self, *, before: fx.Node, like: fx.Node) -> Iterator[None]:

@@ -202,20 +202,42 @@ def test_dropout_on_the_stream_draws_one_mask_for_all_streams() -> None:
     torch.testing.assert_close(actual, truth(model, x), rtol=1e-11, atol=1e-11)
 
 
-def test_dropout_of_a_permuted_stream_draws_the_mask_of_the_plain_model() -> None:
+def permuted_stream(m, x):
+    x = x.permute(1, 0, 2)
+    x = F.dropout(x + m.a(x), 0.5)
+    return x + m.b(x)
+
+
+def permuted_branch(m, x):
+    x = x.permute(1, 0, 2)
+    x = x + F.dropout(x * x.cumsum(-1), 0.5)
+    return x + F.dropout(x * x.cumsum(-1), 0.5)
+
+
+@pytest.mark.parametrize("plain", [permuted_stream, permuted_branch])
+def test_dropout_draws_the_mask_of_the_plain_model(plain) -> None:
     """Random numbers fill memory in its order, and a permuted tensor keeps another one."""
-
-    def plain(m, x):
-        x = x.permute(1, 0, 2)
-        x = F.dropout(x + m.a(x), 0.5)
-        return x + m.b(x)
-
     torch.manual_seed(2)
     model, x = Program(plain).double(), stream(4, 5, WIDTH).double()
     torch.manual_seed(3)
     expected = model(x)
     mhc_compile.transform(model, n=N, example_inputs=(x,))
     torch.manual_seed(3)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_branch_may_view_what_it_could_view_before() -> None:
+    """Channels in the middle are moved there from the last axis, and lie there as before."""
+    weight = torch.randn(4, 4, 3, 3).double() / 8
+
+    def plain(m, x):
+        for _ in range(2):
+            x = x + F.conv2d(x, weight, padding=1) * x.view(2, 4, 25).mean(-1)[..., None, None]
+        return x.view(2, 100)
+
+    model, x = Program(plain).double(), stream(2, 4, 5, 5).double()
+    expected = model(x)
+    mhc_compile.transform(model, n=N, example_inputs=(x,))
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
 
