@@ -100,11 +100,15 @@ class _Detector:
             )
         ]
         if free:
-            # Of gate * x the stream is the one that others read too.
-            operand = max(free, key=lambda u: (self.base[u] in self.sites, len(u.users) > 1))
+            operand = max(free, key=self._looks_like_a_stream)
             self.carriers[node] = free
             self.up[node] = operand
             self.base[node] = self.base[operand]
+
+    def _looks_like_a_stream(self, node: fx.Node) -> tuple[bool, bool, bool]:
+        """Of ``x + position`` and ``gate * x`` the stream is no weight, and others read it too."""
+        learned = node.name in self.context.trainable
+        return self.base[node] in self.sites, not learned, len(node.users) > 1
 
     def _is_written(self, node: fx.Node) -> bool:
         return any(is_mutation(u) and u.args and u.args[0] is node for u in node.users)
@@ -228,12 +232,17 @@ class _Detector:
     def _is_later_state(self, node: fx.Node, x: fx.Node) -> bool:
         """Whether x reaches a node along its stream: through stream-wise steps and skips only."""
         first = self.flow.index[x]
-        state: fx.Node | None = node
-        while state is not None and self.flow.index[state] >= first:
+        seen: set[fx.Node] = set()
+        pending = [node]
+        while pending:
+            state = pending.pop()
             if state is x:
                 return True
+            if state in seen or self.flow.index[state] < first:
+                continue
+            seen.add(state)
             site = self.sites.get(state)
-            state = site.skip if site is not None else self.up.get(state)
+            pending += [site.skip] if site is not None else self.carriers.get(state, [])
         return False
 
     def _is_learned(self, x: fx.Node, terms: list[fx.Node]) -> bool:

@@ -170,6 +170,22 @@ def test_a_sum_of_two_states_of_one_stream_is_no_site() -> None:
     assert [r.reason for r in found.rejected] == [Reason.SUM_OF_STATES]
 
 
+def test_a_learned_position_is_not_the_stream() -> None:
+    """Were it taken for one, the state before it would look like another stream's."""
+
+    def program(m, x):
+        start = x + m.scale.new_zeros(2, 3, WIDTH)
+        for f in (m.a, m.b):
+            x = x + position
+            x = x + f(x)
+        return x + start
+
+    position = torch.nn.Parameter(torch.randn(2, 3, WIDTH))
+    found = detected(program)
+    assert len(found.sites) == 2
+    assert Reason.SUM_OF_STATES in [r.reason for r in found.rejected]
+
+
 def test_a_memory_without_weights_is_a_recurrent_state() -> None:
     found = detected(chain(delta_rule, pre))
     assert {r.reason for r in found.rejected} == {Reason.RECURRENT_STATE}
