@@ -316,7 +316,7 @@ class _Detector:
                 record.owner = self._owner_of(node)[1]
                 record.branch_name = node.name
         for site in self.sites.values():
-            site.channel_in = layout.channel_axis(self.flow, site)
+            site.revealed = layout.channel_axis(self.flow, site)
 
     def _owner_of(self, node: fx.Node) -> tuple[str, str]:
         """(stack key, path) of the innermost module call that can own parameters."""
@@ -432,8 +432,6 @@ class _Detector:
 
     def _describe_chain(self, chain: list[Site], number: int) -> bool:
         """Fill in what a site knows of its chain; False if the channel axis gets lost."""
-        axes = [site.channel_in for site in chain]
-        common = max(dict.fromkeys(axes), key=axes.count)
         linear = True
         for site in chain:
             between: list[fx.Node] = list(site.skip_path)
@@ -445,10 +443,8 @@ class _Detector:
         for position, site in enumerate(chain):
             site.chain = site.chain if site.chain >= 0 else number
             site.position, site.linear = position, linear
-            if not layout.set_axes(site, self.up, common):
-                return False
             site.reason = f"site {position + 1} of {len(chain)} in chain {site.chain}"
-        return True
+        return layout.set_axes(chain, self.up)
 
     def _mark_excluded(self) -> None:
         options = self.context.options

@@ -23,11 +23,12 @@ _CONVOLUTIONS = {
 }
 
 
-def channel_axis(flow: DataFlow, site: Site) -> int:
+def channel_axis(flow: DataFlow, site: Site) -> int | None:
     """The axis (from the right) of x that the first weighted operations of F act on.
 
     A linear layer and a LayerNorm act on the last axis, a convolution and a BatchNorm on the
     second; the votes of all first encounters are counted, transposes in between followed back.
+    None if no operation tells (mixing over tokens alone).
     """
     region = flow.region(site.x, site.branch)
     votes: Counter[int] = Counter()
@@ -50,7 +51,7 @@ def channel_axis(flow: DataFlow, site: Site) -> int:
                 seen.add(reader)
                 pending.append((reader, follow))
     if not votes:
-        return -1
+        return None
     best = max(votes.values())
     return max(axis for axis, count in votes.items() if count == best)
 
@@ -86,13 +87,26 @@ def _followed(reader: fx.Node, node: fx.Node, axes: dict[int, int]) -> dict[int,
     return moved
 
 
-def set_axes(site: Site, up: dict[fx.Node, fx.Node], common: int) -> bool:
-    """Set a site's channel axes and width, following the chain; False if the axis gets lost.
+def set_axes(chain: list[Site], up: dict[fx.Node, fx.Node]) -> bool:
+    """Set the channel axes and widths of a chain's sites; False if the axis gets lost.
 
-    A chain has one channel axis: the first site's is ``common`` (the vote of the chain), and
-    each later one inherits it through the stream-wise operations in between.
+    A chain has one channel axis. The first site's is the one that most sites vote for; each later
+    site inherits it through the stream-wise operations in between. Where these move axes, the vote
+    may be in another layout than the first site's: then it is the axis that becomes a voted one.
     """
-    axis: int | None = common
+    votes = [-1 if site.revealed is None else site.revealed for site in chain]
+    common = max(dict.fromkeys(votes), key=votes.count)
+    if all(_set_axes(site, up, common) for site in chain):
+        return True
+    return any(
+        all(_set_axes(site, up, axis) for site in chain)
+        and any(site.channel_in == site.revealed for site in chain)
+        for axis in range(-1, -len(shape_of(chain[0].x)), -1)
+    )
+
+
+def _set_axes(site: Site, up: dict[fx.Node, fx.Node], first: int) -> bool:
+    axis: int | None = first
     path: list[fx.Node] = []
     if site.previous is not None:
         axis, node = site.previous.channel, site.x

@@ -45,6 +45,7 @@ class Site:
         previous: the site whose sum is the state that x comes from, if any.
         owner: path of the module whose forward contains the add ("" for the root).
         branch_name: the branch's name within its owner.
+        revealed: position of the axis that F's weights act on in x, from the right, if they tell.
         channel_in, channel: position of the channel axis in x and in z, from the right.
         width: C, the size of that axis.
         chain, position: number of the chain and the site's place in it.
@@ -62,6 +63,7 @@ class Site:
     owner: str = ""
     owner_key: str = ""
     branch_name: str = ""
+    revealed: int | None = None
     channel_in: int = -1
     channel: int = -1
     width: int = 0

@@ -219,6 +219,18 @@ def test_convolutional_streams_have_their_channels_second() -> None:
     assert [(s.channel, s.width, s.linear) for s in found.sites] == [(-3, 4, False)] * 2
 
 
+def test_the_channel_axis_is_found_behind_a_change_of_layout() -> None:
+    """The first branch mixes tokens alone; where the channels are, only the second one tells."""
+
+    def program(m, x):
+        x = x.permute(0, 2, 1)
+        x = x + torch.tanh(x).cumsum(-1) @ torch.ones(3, 3)
+        return pre(m, x.transpose(1, 2).reshape(-1, WIDTH))
+
+    found = detected(program)
+    assert [(s.channel_in, s.width) for s in found.sites] == [(-2, WIDTH), (-1, WIDTH)]
+
+
 def test_names_come_from_the_branch() -> None:
     found = detected(chain(pre, post, lambda m, x: x + m.a(x), lambda m, x: x + x.cumsum(1)))
     assert [s.branch_name for s in found.sites] == ["a", "b", "a_1", "cumsum"]
