@@ -106,10 +106,6 @@ COUNTS = {
     "parallel x + (a + b)": (chain(*[lambda m, x: x + (m.a(x) + m.b(x))] * 2), 2),
     "parallel a + (x + b)": (chain(*[lambda m, x: m.a(x) + (x + m.b(x))] * 2), 2),
     "three branches": (chain(*[lambda m, x: m.c(x) + (x + m.b(x)) + m.a(x)] * 2), 2),
-    "a constant between the branches": (
-        chain(*[lambda m, x: ((x + m.a(x)) + torch.ones_like(x)) + m.b(x)] * 2),
-        2,
-    ),
     "one branch added to itself": (
         chain(*[lambda m, x: x + (lambda f: f + f)(m.a(x) + m.b(x))] * 2),
         2,
@@ -189,6 +185,11 @@ def test_a_learned_position_is_not_the_stream() -> None:
 def test_a_memory_without_weights_is_a_recurrent_state() -> None:
     found = detected(chain(delta_rule, pre))
     assert {r.reason for r in found.rejected} == {Reason.RECURRENT_STATE}
+
+
+def test_a_sum_is_one_site_whatever_stands_between_its_branches() -> None:
+    found = detected(chain(*[lambda m, x: ((x + m.a(x)) + torch.ones_like(x)) + m.b(x)] * 2))
+    assert [len(s.branch) for s in found.sites] == [3, 3]
 
 
 def test_the_parts_of_a_sum_are_reported_as_such() -> None:
