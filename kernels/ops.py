@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 # Tokens are the last dimension inside the Sinkhorn operators, so that the reductions over n
 # streams run over long contiguous rows of tokens: [out, in, tokens].
@@ -26,7 +27,7 @@ _HISTORY_ELEMENTS = 1 << 24
 """Bound on what Sinkhorn's backward keeps at a time, 64 MiB in float32."""
 
 
-@torch.library.custom_op("mhc::matmul", mutates_args=())
+@custom_op("mhc::matmul", mutates_args=())
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for a `[..., K]` and b `[K, N]`, or `[..., M, K]` and `[..., K, N]`.
 
@@ -86,7 +87,7 @@ def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | No
 matmul.register_autograd(_matmul_backward, setup_context=_matmul_setup)
 
 
-@torch.library.custom_op("mhc::sinkhorn_knopp", mutates_args=())
+@custom_op("mhc::sinkhorn_knopp", mutates_args=())
 def sinkhorn_knopp(logits: Tensor, iters: int, eps: float = 0.0) -> Tensor:
     """`iters` times columns, then rows to sum 1, starting from exp(logits).
 
@@ -119,7 +120,7 @@ def _(logits: Tensor, iters: int, eps: float = 0.0) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("mhc::sinkhorn_knopp_backward", mutates_args=())
+@custom_op("mhc::sinkhorn_knopp_backward", mutates_args=())
 def sinkhorn_knopp_backward(grad: Tensor, logits: Tensor, iters: int, eps: float = 0.0) -> Tensor:
     """The gradient of the finite iteration with respect to `logits`, by replaying it.
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.library import custom_op
 
 from . import _torch
 from .config import Config
@@ -24,7 +25,7 @@ from .passes.sites import stack_of
 __all__ = ["DeclaredSite", "Spec", "collect", "declaration_nodes", "declare"]
 
 
-@torch.library.custom_op("mhc::declare", mutates_args=())
+@custom_op("mhc::declare", mutates_args=())
 def declare(parameters: Sequence[Tensor], spec: str) -> None:
     """Mention the mHC parameters of one module call in the graph being traced."""
     raise NotCapturedError(
