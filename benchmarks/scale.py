@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import mhc_compile
+from mhc_compile._torch import FakeTensorMode
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPTHS = (25, 50, 100, 300)

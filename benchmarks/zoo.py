@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +33,8 @@ from tests.zoo.models import BY_NAME, Model  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 TOLERANCE = 1e-3
+# Inductor has random numbers of its own, which no eager run can repeat: use PyTorch's.
+OPTIONS = {"fallback_random": True}
 HEADER = """\
 # The zoo under Inductor
 
@@ -92,7 +93,7 @@ def measure(entry: Model) -> Row:
     model = mhc_compile.transform(copy.deepcopy(plain), n=4, example_inputs=inputs)
     eager = copy.deepcopy(model)
 
-    model.compile(backend="mhc")
+    model.compile(backend="mhc", options=OPTIONS)
     start = time.perf_counter()
     actual = checks.run(model, inputs)
     seconds = time.perf_counter() - start
@@ -133,7 +134,7 @@ def errors_of_inductor(
     """What Inductor makes of the plain model."""
     torch._dynamo.reset()
     compiled = copy.deepcopy(plain)
-    compiled.compile(backend="inductor")
+    compiled.compile(backend="inductor", options=OPTIONS)
     return errors(checks.run(compiled, inputs), expected)
 
 
@@ -156,12 +157,10 @@ def main(names: list[str]) -> None:
     if RESULTS.exists():
         known = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
         rows = {row["name"]: Row(**row) for row in known}
-    # Inductor has random numbers of its own, which no eager run can repeat: use PyTorch's.
-    with torch._inductor.config.patch(fallback_random=True):
-        for name in names or BY_NAME:
-            rows[name] = measure(BY_NAME[name])
-            print(rows[name].markdown(), flush=True)
-            write(rows)
+    for name in names or BY_NAME:
+        rows[name] = measure(BY_NAME[name])
+        print(rows[name].markdown(), flush=True)
+        write(rows)
 
 
 if __name__ == "__main__":

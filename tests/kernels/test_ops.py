@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.library import opcheck
 
 from mhc_compile.kernels import ops, reference
 
@@ -280,10 +281,10 @@ def test_wrong_arguments_are_refused_before_anything_is_computed(call, message, 
 @pytest.mark.parametrize("shape", [(4, 4), (2, 3, 2, 2), (0, 4, 4), (5, 1, 1)])
 def test_opcheck_sinkhorn(shape, eps):
     logits = torch.randn(shape, requires_grad=True)
-    torch.library.opcheck(sinkhorn_knopp.default, (logits, 5, eps))
+    opcheck(sinkhorn_knopp.default, (logits, 5, eps))
     # Without gradients: asked to differentiate it, opcheck would find that it raises.
     plain = logits.detach(), torch.randn(shape).transpose(-1, -2)
-    torch.library.opcheck(sinkhorn_knopp_backward.default, (*plain, 5, eps))
+    opcheck(sinkhorn_knopp_backward.default, (*plain, 5, eps))
 
 
 @pytest.mark.parametrize(
@@ -291,7 +292,7 @@ def test_opcheck_sinkhorn(shape, eps):
 )
 def test_opcheck_matmul(a, b):
     arguments = (torch.randn(a, requires_grad=True), torch.randn(b, requires_grad=True))
-    torch.library.opcheck(matmul.default, arguments)
+    opcheck(matmul.default, arguments)
 
 
 @pytest.mark.parametrize(
