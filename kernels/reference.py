@@ -103,8 +103,15 @@ def coefficients(
         ValueError: if the variant cannot have n streams.
     """
     variant.check(n)
-    widths = variant.columns(n)
     mapped = _project(X, phi, width=n * width, eps=eps, compute_dtype=compute_dtype)
+    return from_projection(mapped, alpha, bias, variant=variant, n=n)
+
+
+def from_projection(
+    mapped: Tensor, alpha: Tensor, bias: Tensor, *, variant: Variant, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """H_pre, H_post, H_res from (x⃗ φ) / r `[..., columns]`; arguments as in `coefficients`."""
+    widths = variant.columns(n)
     if variant.inner == "tanh":
         mapped = mapped.tanh()
     groups, biases = mapped.split(widths, -1), bias.split(widths)

@@ -12,9 +12,11 @@ Sources: mHC arXiv:2512.24880, Hyper-Connections arXiv:2409.19606, mHC-lite arXi
 KromHC arXiv:2601.21579, and the `deepseek_v4` model of Hugging Face transformers.
 """
 
+import functools
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 Residual = Literal["sinkhorn", "free", "permutations", "kronecker", "identity"]
 
@@ -62,6 +64,15 @@ class Variant:
     eps: float = 0.0
     inner: Literal["linear", "tanh"] = "linear"
     transposed: bool = False
+
+    @property
+    def text(self) -> str:
+        """One line, as operators carry it in a graph; `parse_variant` reads it.
+
+        The name, and what differs from the description of that name: `mhc(iterations=20)`.
+        """
+        usual, own = _flat(_named(self.name)), _flat(self)
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in own.items() if v != usual[k])})"
 
     def columns(self, n: int) -> tuple[int, int, int]:
         """Columns of φ, and elements of b, for pre, post and res with n streams."""
@@ -125,8 +136,53 @@ def get_variant(name: str, *, sinkhorn_iters: int = 20) -> Variant:
         ValueError: for an unknown name or a number of iterations that is not a positive integer.
     """
     _check_positive("sinkhorn_iters", sinkhorn_iters)
+    variant = _named(name)
+    iterations = sinkhorn_iters if variant.residual == "sinkhorn" else 0
+    return replace(variant, iterations=iterations)
+
+
+@functools.cache
+def parse_variant(text: str) -> Variant:
+    """The description that `Variant.text` wrote.
+
+    Raises:
+        ValueError: if `text` does not have that form.
+    """
+    match = re.fullmatch(r"(\w+)\((.*)\)", text)
+    if match is None:
+        raise ValueError(f"a variant is written like 'mhc(iterations=20)', got {text!r}")
+    variant = _named(match[1])
+    for change in filter(None, match[2].split(", ")):
+        name, _, value = change.partition("=")
+        variant = _changed(variant, name, value)
+    return variant
+
+
+def _named(name: str) -> Variant:
     for variant in _DESCRIPTIONS:
         if variant.name == name:
-            iterations = sinkhorn_iters if variant.residual == "sinkhorn" else 0
-            return replace(variant, iterations=iterations)
+            return variant
     raise ValueError(f"unknown variant {name!r}; known are {', '.join(VARIANTS)}")
+
+
+def _flat(variant: Variant) -> dict[str, Any]:
+    """Every field but the name, those of the gates as `pre.scale`."""
+    fields: dict[str, Any] = {}
+    for name, value in asdict(variant).items():
+        if isinstance(value, dict):
+            fields.update({f"{name}.{part}": v for part, v in value.items()})
+        elif name != "name":
+            fields[name] = value
+    return fields
+
+
+def _changed(variant: Variant, name: str, value: str) -> Variant:
+    known = _flat(variant)
+    if name not in known:
+        raise ValueError(f"a variant has no field {name!r}; it has {', '.join(known)}")
+    kind = type(known[name])
+    parsed: Any = value == "True" if kind is bool else kind(value)
+    gate, _, field = name.rpartition(".")
+    if gate:
+        return replace(variant, **{gate: replace(getattr(variant, gate), **{field: parsed})})
+    return replace(variant, **{field: parsed})
