@@ -337,5 +337,5 @@ def refuse_double_backward(ctx: Any, *grads: Tensor) -> Any:
     )
 
 
-for _operator in (coefficients_backward, pre_backward, post_res_backward):
-    _operator.register_autograd(refuse_double_backward)
+for operator in (coefficients_backward, pre_backward, post_res_backward):
+    operator.register_autograd(refuse_double_backward)
