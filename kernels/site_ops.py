@@ -72,11 +72,11 @@ class Call:
     def flat(self, *tensors: Tensor) -> list[Tensor]:
         """Coefficients with their leading dimensions as one."""
         count = len(self.leading)
-        return [t.reshape(self.tokens, *t.shape[count:]).contiguous() for t in tensors]
+        return [t.reshape((self.tokens, *t.shape[count:])).contiguous() for t in tensors]
 
     def shaped(self, flat: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """`[T, ...]` -> `[..., ...]`."""
-        return flat.reshape(*self.leading, *flat.shape[1:]).to(dtype or flat.dtype)
+        return flat.reshape((*self.leading, *flat.shape[1:])).to(dtype or flat.dtype)
 
 
 def weights(*parameters: Tensor) -> list[Tensor]:

@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from mhc_compile.kernels.variants import VARIANTS, Gate, get_variant
+from mhc_compile.kernels.variants import VARIANTS, Gate, get_variant, parse_variant
 
 
 @pytest.mark.parametrize(
@@ -96,3 +96,33 @@ def test_unknown_names_are_refused_with_the_known_ones():
 def test_impossible_numbers_of_iterations_are_refused(iters):
     with pytest.raises(ValueError, match="sinkhorn_iters must be a positive integer"):
         get_variant("mhc", sinkhorn_iters=iters)
+
+
+def test_text_is_readable_and_goes_both_ways():
+    assert get_variant("mhc").text == "mhc(iterations=20)"
+    assert get_variant("kromhc").text == "kromhc()"
+    changed = replace(
+        get_variant("deepseek_v4", sinkhorn_iters=7),
+        pre=Gate("sigmoid", offset=1e-5),
+        eps=2e-5,
+        transposed=False,
+    )
+    assert (
+        changed.text == "deepseek_v4(pre.offset=1e-05, iterations=7, eps=2e-05, transposed=False)"
+    )
+    linear = replace(get_variant("hc"), inner="linear")
+    for variant in (changed, linear, *map(get_variant, VARIANTS)):
+        assert parse_variant(variant.text) == variant
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mhc", "is written like"),
+        ("paper()", "unknown variant 'paper'; known are mhc"),
+        ("mhc(turns=3)", "has no field 'turns'; it has pre.function"),
+    ],
+)
+def test_text_that_is_none_raises(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_variant(text)
