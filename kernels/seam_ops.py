@@ -138,8 +138,8 @@ def seam(
         H_res, H_post, X, f: of the site that is closed, as `mhc::post_res` takes them.
         phi, alpha, bias, variant, eps, dtype: of the site that is opened.
     """
-    call = Call(X, H_res, f.dtype)
-    if not call.is_uniform:  # X' must be rounded to its dtype before it is read again
+    call = Call(X, H_res, f.dtype, dtype)
+    if not call.keeps_streams:  # X' must be rounded to its dtype before it is read again
         X2 = site_ops.post_res(H_res, H_post, X, f)
         return X2, *coefficients_pre(X2, phi, alpha, bias, variant, eps, dtype)
     site_ops.check_coefficients("mhc::seam", X, H_post, H_res, f)

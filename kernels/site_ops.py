@@ -58,7 +58,7 @@ class Call:
             self.dtype = torch.promote_types(self.dtype, dtype)
         if self.dtype is torch.float64 or coefficient.dtype is torch.float64:
             self.dtype = coefficient.dtype
-        self.is_uniform = all(dtype is self.dtype for dtype in (X.dtype, *dtypes))
+        self.keeps_streams = self.dtype is X.dtype
         self.kernels: ModuleType = implementation(X.device, self.dtype, self.n)
 
     def streams(self, X: Tensor) -> Tensor:

@@ -43,9 +43,10 @@ def test_forward_is_bit_equal_to_its_parts(variant, n, dtype):
     [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)],
     ids=str,
 )
-def test_branches_of_another_dtype(streams, branch):
+@pytest.mark.parametrize("both", [True, False])
+def test_branches_of_another_dtype(streams, branch, both):
     operands = closed_and_opened(PAPER, 4, 13, (5,), streams)
-    operands[3] = operands[3].to(branch)
+    operands[3] = operands[3].to(branch if both else streams)
     fused = mhc.seam(*operands, PAPER.text, EPS, branch)
     for a, b in zip(fused, separately(*operands, PAPER, branch), strict=True):
         assert a.dtype == b.dtype
