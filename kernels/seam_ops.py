@@ -38,7 +38,7 @@ def coefficients_pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h in `dtype`, and what `mhc::coefficients` returns; arguments and errors as there."""
     description = site_ops.check_mapping(X, phi, alpha, bias, variant)
-    call = Call(X, phi, dtype)
+    call = Call(X, phi, dtype, variant=description)
     h, *found = call.kernels.coefficients_pre(
         call.streams(X), *weights(phi, alpha, bias), variant=description, eps=eps
     )
@@ -82,7 +82,8 @@ def coefficients_pre_backward(
         partial: the gradient of X from its other readers, `[..., n, C]`, added to dX before its
             one rounding; None if there are none.
     """
-    call = Call(X, phi, dh.dtype)
+    description = parse_variant(variant)
+    call = Call(X, phi, dh.dtype, variant=description)
     dX, dphi, dalpha, dbias = call.kernels.coefficients_pre_backward(
         call.branch(dh),
         *call.flat(dH_post, dH_res, H_pre),
@@ -90,7 +91,7 @@ def coefficients_pre_backward(
         *weights(phi, alpha, bias),
         *call.flat(y, inv_r),
         None if partial is None else call.streams(partial),
-        variant=parse_variant(variant),
+        variant=description,
         eps=eps,
     )
     return call.shaped(dX, X.dtype), dphi, dalpha, dbias
@@ -138,12 +139,12 @@ def seam(
         H_res, H_post, X, f: of the site that is closed, as `mhc::post_res` takes them.
         phi, alpha, bias, variant, eps, dtype: of the site that is opened.
     """
-    call = Call(X, H_res, f.dtype, dtype)
+    description = site_ops.check_mapping(X, phi, alpha, bias, variant)
+    call = Call(X, H_res, f.dtype, dtype, variant=description)
     if not call.keeps_streams:  # X' must be rounded to its dtype before it is read again
         X2 = site_ops.post_res(H_res, H_post, X, f)
         return X2, *coefficients_pre(X2, phi, alpha, bias, variant, eps, dtype)
     site_ops.check_coefficients("mhc::seam", X, H_post, H_res, f)
-    description = site_ops.check_mapping(X, phi, alpha, bias, variant)
     X2, h, *found = call.kernels.seam(
         *call.flat(H_res, H_post),
         call.streams(X),
@@ -153,7 +154,7 @@ def seam(
         eps=eps,
     )
     found = [call.shaped(t) for t in found]
-    return call.shaped(X2), call.shaped(h, dtype), *found  # type: ignore[return-value]
+    return call.shaped(X2), call.shaped(h, dtype), *found
 
 
 @seam.register_fake
@@ -200,7 +201,8 @@ def seam_backward(
 
     `coefficients_pre_backward` on X', whose result goes to `post_res_backward` and nowhere else.
     """
-    call = Call(X2, phi, dh.dtype, f.dtype, X.dtype)
+    description = parse_variant(variant)
+    call = Call(X2, phi, dh.dtype, f.dtype, X.dtype, variant=description)
     dphi, dalpha, dbias, dH_res, dH_post, dX, df = call.kernels.seam_backward(
         call.branch(dh),
         *call.flat(dH_post_next, dH_res_next, H_pre_next),
@@ -211,7 +213,7 @@ def seam_backward(
         *call.flat(H_res, H_post),
         call.streams(X),
         call.branch(f),
-        variant=parse_variant(variant),
+        variant=description,
         eps=eps,
     )
     dH_res, dH_post = call.shaped(dH_res), call.shaped(dH_post)
@@ -297,7 +299,7 @@ def _opened_backward(
         dH_pre + dH_pre_of_h, dH_post, dH_res, *mapping, ctx.variant, ctx.eps
     )
     dX = dX + dX_of_mapping
-    return (dX if partial is None else dX + partial, *rest)  # type: ignore[return-value]
+    return (dX if partial is None else dX + partial, *rest)
 
 
 coefficients_pre.register_autograd(_opened_formula, setup_context=_keep_opened)

@@ -50,7 +50,13 @@ class Call:
     before the last rounding.
     """
 
-    def __init__(self, X: Tensor, coefficient: Tensor, *dtypes: torch.dtype) -> None:
+    def __init__(
+        self,
+        X: Tensor,
+        coefficient: Tensor,
+        *dtypes: torch.dtype,
+        variant: Variant | None = None,
+    ) -> None:
         self.leading, self.n, self.width = X.shape[:-2], X.shape[-2], X.shape[-1]
         self.tokens = math.prod(self.leading)
         self.dtype = X.dtype
@@ -59,7 +65,7 @@ class Call:
         if self.dtype is torch.float64 or coefficient.dtype is torch.float64:
             self.dtype = coefficient.dtype
         self.keeps_streams = self.dtype is X.dtype
-        self.kernels: ModuleType = implementation(X.device, self.dtype, self.n)
+        self.kernels: ModuleType = implementation(X.device, self.dtype, self.n, variant)
 
     def streams(self, X: Tensor) -> Tensor:
         """`[..., n, C]` -> `[T, n, C]`."""
@@ -107,7 +113,7 @@ def coefficients(
         ValueError: for shapes or dtypes that do not fit, or a variant that cannot have n streams.
     """
     description = check_mapping(X, phi, alpha, bias, variant)
-    call = Call(X, phi)
+    call = Call(X, phi, variant=description)
     found = call.kernels.coefficients(
         call.streams(X), *weights(phi, alpha, bias), variant=description, eps=eps
     )
@@ -141,13 +147,14 @@ def coefficients_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dX, dφ, dα, db of `mhc::coefficients`, by replaying the finite Sinkhorn iteration."""
-    call = Call(X, phi)
+    description = parse_variant(variant)
+    call = Call(X, phi, variant=description)
     dX, dphi, dalpha, dbias = call.kernels.coefficients_backward(
         *call.flat(dH_pre, dH_post, dH_res),
         call.streams(X),
         *weights(phi, alpha, bias),
         *call.flat(y, inv_r),
-        variant=parse_variant(variant),
+        variant=description,
         eps=eps,
     )
     return call.shaped(dX, X.dtype), dphi, dalpha, dbias

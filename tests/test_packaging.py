@@ -84,7 +84,7 @@ def sources(package: Path) -> set[str]:
         os.path.relpath(os.path.join(folder, file), package)
         for folder, _, files in os.walk(package, followlinks=True)
         for file in files
-        if file.endswith(".py")
+        if file.endswith((".py", ".h"))
     }
 
 
@@ -97,6 +97,7 @@ def test_an_install_has_the_package_and_no_bare_floors(kind, checkout, tmp_path)
 
     home = checkout if kind == "editable" else target
     assert sources(home / "mhc_compile") == sources(checkout / "mhc_compile")
+    assert "kernels/cpp/vec.h" in sources(home / "mhc_compile")  # read when kernels are built
     assert (home / "mhc_compile" / "py.typed").exists()
     for name, file in answer["modules"].items():
         assert Path(file).is_relative_to(home / "mhc_compile"), f"{name} came from {file}"

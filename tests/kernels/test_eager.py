@@ -8,7 +8,7 @@ from mhc_compile.kernels import eager, reference
 from mhc_compile.kernels.variants import VARIANTS, get_variant
 
 from . import truth
-from .sites import EPS, label, possible, random_site
+from .operands import EPS, label, possible, random_site
 
 
 def error(actual, expected):

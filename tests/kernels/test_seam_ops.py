@@ -7,7 +7,7 @@ from torch.library import opcheck
 from mhc_compile.kernels import seam_ops
 from mhc_compile.kernels.variants import get_variant
 
-from .sites import EPS, label, possible, random_site
+from .operands import EPS, label, possible, random_site
 
 mhc = torch.ops.mhc
 PAPER = get_variant("mhc")
