@@ -73,21 +73,25 @@ class Blocks:
 
     tokens: int
     channels: int
-    warps: int
+    lane: int
+    warps: int = 1
 
 
-def blocks(C: int, *, channels: int = 256, warps: int = 4) -> Blocks:
-    """A warp holds `channels` of one token, or several tokens where C is smaller.
+def blocks(C: int, dtype: torch.dtype) -> Blocks:
+    """One warp a program: a token, or several where C is smaller than the warp is wide.
 
-    With 256 channels a lane has 8 elements: one 16-byte access per stream of 16-bit streams, and
-    only 8 float32 registers for a stream. Sums over channels stay inside a warp.
+    A lane holds `lane` neighbouring channels, 16 bytes: one access of the widest kind per stream,
+    and only 8 float32 registers for a stream of 16 bits. With a single warp, sums over channels
+    and the few numbers of a token need neither shared memory nor barriers.
     """
-    width = min(channels, triton.next_power_of_2(C))
-    return Blocks(tokens=warps * min(channels // width, _MOST_ROWS), channels=width, warps=warps)
+    lane = _WIDEST_ACCESS // dtype.itemsize
+    warp = _LANES * lane
+    width = min(warp, triton.next_power_of_2(C))
+    return Blocks(tokens=min(warp // width, _LANES), channels=width, lane=min(lane, width))
 
 
-_MOST_ROWS = 32
-"""Rows a warp can hold: one a lane."""
+_LANES = 32
+_WIDEST_ACCESS = 16
 
 
 def token_blocks(T: int, tokens: int) -> int:

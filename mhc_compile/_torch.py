@@ -23,9 +23,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import default_partition
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
-from torch._inductor import list_mode_options
+from torch._inductor import custom_graph_pass, list_mode_options
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -38,21 +37,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
     "BackendCompilerFailed",
-    "CustomGraphPass",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
+    "InferenceAwareGraphPass",
     "WeakTensorKeyDictionary",
     "break_in_words",
     "break_reason",
+    "call_graph_pass",
     "calling_module",
     "compile_dynamo",
     "compile_inductor",
     "dynamo_settings",
     "first_paragraph",
     "graph_breaks",
+    "graph_passes",
     "inductor_options",
+    "inductor_setting",
+    "is_backward",
     "is_cut_for_ddp",
     "is_forced_eager",
     "is_inductor_option",
@@ -64,7 +67,18 @@ __all__ = [
     "pytree",
     "register_effectful",
     "user_frame",
+    "uuid_of",
 ]
+
+
+class _InferenceAwareGraphPass(custom_graph_pass.CustomGraphPass):
+    """Stands in where Inductor has none: in torch 2.11 no pass is told."""
+
+
+InferenceAwareGraphPass: Any = getattr(
+    custom_graph_pass, "CustomInferenceAwareGraphPass", _InferenceAwareGraphPass
+)
+"""A pass for Inductor that is told whether its graph is an inference graph."""
 
 RECOMPILE_LIMIT = 256
 """Graphs of one root; train/eval, grad modes, autocast and shapes need about 25 (Dynamo: 8)."""
@@ -211,6 +225,38 @@ def is_inductor_option(name: str) -> bool:
 def inductor_options(mode: str | None) -> dict[str, Any]:
     """Inductor's options for a ``torch.compile`` mode."""
     return {} if mode in (None, "default") else dict(list_mode_options(mode))
+
+
+def inductor_setting(name: str) -> Any:
+    """The current value of one of Inductor's configuration entries."""
+    return getattr(torch._inductor.config, name)
+
+
+def graph_passes(setting: Any) -> tuple[Any, ...]:
+    """The passes in the value of one of Inductor's entries for custom passes."""
+    if setting is None:
+        return ()
+    return tuple(setting) if isinstance(setting, (list, tuple)) else (setting,)
+
+
+def call_graph_pass(graph_pass: Any, graph: fx.Graph, is_inference: bool) -> None:
+    """Call a custom pass as Inductor does."""
+    if isinstance(graph_pass, InferenceAwareGraphPass):
+        graph_pass(graph, is_inference)
+    else:
+        graph_pass(graph)
+
+
+def uuid_of(graph_pass: Any) -> Any:
+    """What a custom pass puts into the keys of caches, None if that makes caching impossible."""
+    known = isinstance(graph_pass, custom_graph_pass.CustomGraphPass)
+    return (graph_pass.uuid() or None) if known else None
+
+
+def is_backward(graph: fx.Graph) -> bool:
+    """Whether a graph is a backward one, by the name that AOTAutograd gives to its inputs."""
+    placeholders = graph.find_nodes(op="placeholder")
+    return any(str(node.target).startswith("tangents_") for node in placeholders)
 
 
 def compile_inductor(

@@ -7,11 +7,8 @@ model that is called plainly uses it.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,17 +18,29 @@ from . import _torch, history
 from .capture import copy_graph
 from .config import Config
 from .declare import Spec, collect, declaration_nodes
+from .partitioned import PartitionedPasses
 from .passes.canonicalize import canonicalize
 from .passes.context import Context
 from .passes.errors import GraphBreakError, MhcError, NoSitesError, UnsupportedError
 from .passes.pipeline import PIPELINE
-from .passes.runner import Pass, run_pipeline
+from .passes.runner import HistoryEntry, Pass, run_pipeline
 from .passes.sites import stack_of
 from .transform import DDP_COMES_LAST, attach, context_of, options_of
 
 __all__ = ["check_options", "eager", "mhc"]
 
 Runner = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What lowering needs to know of the passes that made a graph; it extends the history."""
+
+    config: Config
+    history: list[HistoryEntry] = field(default_factory=list)
+
+
+Lowering = Callable[[fx.GraphModule, Sequence[Any], Run], Runner]
 
 
 def mhc(
@@ -55,24 +64,30 @@ def mhc(
         MhcError: see ``transform``.
     """
     own, patches = _split_options(options or {}, mode)
-    patches["post_grad_custom_pre_pass"] = SourceKey()
+    place = "post_grad_custom_pre_pass"
+    after = patches.get(place, _torch.inductor_setting(place))
 
-    def lower(graph: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
-        return _torch.compile_inductor(graph, inputs, patches)
+    def lower(graph: fx.GraphModule, inputs: Sequence[Any], run: Run) -> Runner:
+        passes = PartitionedPasses(run.config, run.history, after)
+        runner = _torch.compile_inductor(graph, inputs, {**patches, place: passes})
+        passes.note_cache()
+        return runner
 
     return _compile(gm, list(example_inputs), own, lower)
 
 
 def eager(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Runner:
     """Run the rewritten graph as it is, every operation on its own."""
-    return _compile(gm, list(example_inputs), None, _run_eagerly)
+    return _compile(
+        gm, list(example_inputs), None, lambda graph, inputs, run: _run_eagerly(graph, inputs)
+    )
 
 
 def _compile(
     gm: fx.GraphModule,
     example_inputs: list[Any],
     own: Mapping[str, Any] | None,
-    lower: Callable[[fx.GraphModule, Sequence[Any]], Runner],
+    lower: Lowering,
 ) -> Runner:
     """All passes on one graph; ``own`` are options of this library, None for a plain call."""
     if _torch.is_cut_for_ddp(gm):
@@ -88,7 +103,8 @@ def _compile(
         module = _torch.calling_module()
         if own is not None and not _is_transformed(module):
             return _first_call_of_plain(gm, example_inputs, Config(**own), lower, module)
-        return lower(work, example_inputs)  # a part of the model without a site
+        # a part of the model without a site
+        return lower(work, example_inputs, Run(Config(**(own or {}))))
     _refuse_constants(work)
     _require_agreement(own or {}, declared)
     context = Context(
@@ -103,7 +119,7 @@ def _compile(
     )
     _erase_declarations(work)
     _require_synchronisation(work, context, example_inputs)
-    runner = lower(work, example_inputs)
+    runner = lower(work, example_inputs, Run(declared, entries))
     history.record(captured, work, entries, context, example_inputs)
     return runner
 
@@ -226,7 +242,7 @@ def _first_call_of_plain(
     gm: fx.GraphModule,
     example_inputs: list[Any],
     config: Config,
-    lower: Callable[[fx.GraphModule, Sequence[Any]], Runner],
+    lower: Lowering,
     module: nn.Module | None,
 ) -> Runner:
     """Transform a model that meets the backend untransformed.
@@ -236,7 +252,7 @@ def _first_call_of_plain(
     and the second call is captured and compiled like that of any transformed model.
     """
     if config.n == 1:
-        return lower(copy_graph(gm), example_inputs)
+        return lower(copy_graph(gm), example_inputs, Run(config))
     if module is None:
         raise MhcError(
             "backend 'mhc' cannot find the module that a compiled plain function calls, so it has "
@@ -313,24 +329,3 @@ def _check_whole(gm: fx.GraphModule, module: nn.Module) -> None:
             "outside the residual streams are then allowed), or remove the break "
             "(torch.compile(..., fullgraph=True) shows it)."
         )
-
-
-# --- caches -------------------------------------------------------------------------------------
-
-
-class SourceKey(_torch.CustomGraphPass):
-    """Puts the sources of this package into the key of Inductor's caches; changes nothing."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        return None
-
-    def uuid(self) -> str:
-        return _source_hash()
-
-
-@functools.cache
-def _source_hash() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .kernels.variants import VARIANTS, Variant, get_variant
-from .passes.pipeline import PIPELINE
+from .passes.pipeline import PARTITIONED, PIPELINE
 
 INITS = ("preserve", "paper")
 READOUTS = ("mean", "sum", "head")
@@ -50,6 +50,11 @@ class Config:
             readout).
         stream_dtype: dtype of the streams, a name or a `torch.dtype`; None (default) keeps the
             model's. "float32" in a bf16 model keeps small updates and doubles the stream's bytes.
+        defer_norms: compute `linear(rms_norm(x), W)` as `linear(x, W) / r` for the model's own
+            RMSNorms too, where nothing but matmuls reads them (the mapping of mHC always is).
+            Default False: outputs then change by rounding (in bfloat16 about as much as any other
+            order of operations; float16 norms are kept, as they could overflow), and a norm's
+            weight is multiplied into each W at every call.
         include: patterns (`fnmatch`) over site names; a site is taken if one of them matches.
             Default ("*",): every site. Free.
         exclude: patterns over site names that are left as plain residuals. Default (): none.
@@ -70,6 +75,7 @@ class Config:
     spread: float = 0.0
     readout: str = "mean"
     stream_dtype: str | torch.dtype | None = None
+    defer_norms: bool = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     disabled: tuple[str, ...] = ()
@@ -80,6 +86,7 @@ class Config:
         _check_choice("variant", self.variant, VARIANTS)
         _check_choice("init", self.init, INITS)
         _check_choice("readout", self.readout, READOUTS)
+        _check_switch("defer_norms", self.defer_norms)
         for name in ("eps", "alpha_init"):
             _check_real(name, getattr(self, name), low=0.0, strict=True)
         _check_real("spread", self.spread, low=0.0, high=1.0)
@@ -134,6 +141,11 @@ def _check_count(name: str, value: object, hint: str) -> None:
         raise ValueError(f"Config: {name} must be a positive integer, got {value!r} ({hint})")
 
 
+def _check_switch(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"Config: {name} must be True or False, got {value!r}")
+
+
 def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     if value not in tuple(choices):
         raise ValueError(f"Config: {name} must be one of {', '.join(choices)}, got {value!r}")
@@ -153,7 +165,7 @@ def _check_real(
 
 
 def _check_passes(disabled: tuple[str, ...]) -> None:
-    known = [step.name for step in PIPELINE]
+    known = [step.name for step in (*PIPELINE, *PARTITIONED)]
     if unknown := [name for name in disabled if name not in known]:
         raise ValueError(
             f"Config: disabled names no pass: {', '.join(unknown)}; passes are {', '.join(known)}"

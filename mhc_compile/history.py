@@ -26,7 +26,9 @@ class RewrittenGraph:
     Attributes:
         before: the graph as Dynamo captured it (``.code`` is Python).
         after: the graph that runs.
-        history: one entry for each pass: ``.name``, ``.milliseconds``, ``.notes``, ``.code``.
+        history: one entry for each pass: ``.name``, ``.milliseconds``, ``.notes``, ``.code``. When
+            Inductor has compiled a forward, backward or inference graph of it, and not taken it
+            from a cache, the entries of that one follow (``.graph`` says which).
         sites: the sites that were rewritten in this graph.
     """
 
@@ -48,9 +50,13 @@ def record(
     context: Context,
     inputs: Sequence[Any],
 ) -> None:
-    """Remember a graph under the mHC parameters among its inputs."""
+    """Remember a graph under the mHC parameters among its inputs.
+
+    Args:
+        history: kept as it is, because Inductor compiles a backward graph only when it is run.
+    """
     sites = context.detection.sites if context.detection is not None else []
-    graph = RewrittenGraph(before, after, tuple(history), tuple(sites))
+    graph = RewrittenGraph(before, after, history, tuple(sites))
     names = [n.name for n in after.graph.nodes if n.op == "placeholder"]
     values, number = dict(zip(names, inputs, strict=True)), next(_number)
     declared = [d for group in (context.declarations or {}).values() for d in group]

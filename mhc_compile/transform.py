@@ -136,6 +136,7 @@ def options_of(config: Config) -> Options:
         eps=config.eps,
         readout=config.readout,
         stream_dtype=config.stream_torch_dtype,
+        defer_norms=config.defer_norms,
         include=config.include,
         exclude=config.exclude,
     )

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from .context import Context, PassResult
 from .dataflow import erase_dead_code, is_mutation, unread
+from .norms import spelled_out_rms_norm
 from .operators import Kind, holds_tensor, is_float_tensor, kind_of, op_name, same_shape, value_of
 
 __all__ = ["canonicalize"]
@@ -288,7 +289,7 @@ def _scaled(graph: fx.Graph, like: fx.Node, value: fx.Node, factor: Any) -> fx.N
 def _join_rms_norms(graph: fx.Graph) -> int:
     count = 0
     for node in list(graph.nodes):
-        match = _match_rms_norm(node)
+        match = spelled_out_rms_norm(node)
         if match is None:
             continue
         x, eps = match
@@ -302,85 +303,6 @@ def _join_rms_norms(graph: fx.Graph) -> int:
         graph.erase_node(node)
         count += 1
     return count
-
-
-def _match_rms_norm(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """``x * rsqrt(mean(x ** 2, -1, keepdim=True) + eps)`` in its spellings -> (x, eps)."""
-    name = op_name(node)
-    if name not in ("mul", "multiply", "div", "truediv", "divide") or len(node.args) != 2:
-        return None
-    pairs: list[Any] = (
-        [node.args] if name not in ("mul", "multiply") else [node.args, node.args[::-1]]
-    )
-    for x, factor in pairs:
-        if not (is_float_tensor(x) and isinstance(factor, fx.Node) and same_shape(x, node)):
-            continue
-        shifted = _root_argument(factor, inverse=name in ("mul", "multiply"))
-        if shifted is None or op_name(shifted) != "add" or len(shifted.args) != 2:
-            continue
-        mean, eps = shifted.args
-        if isinstance(mean, (int, float)):
-            mean, eps = eps, mean
-        if not isinstance(mean, fx.Node) or not isinstance(eps, (int, float)):
-            continue
-        squared = _mean_over_last(mean)
-        base = None if squared is None else _square_argument(squared)
-        if _dtype(mean) != _dtype(node):
-            continue  # rounded in between: joined, it would be another function
-        if base is not None and _uncast(base) is _uncast(x) and value_of(x) is not None:
-            width = value_of(x).shape[-1]  # type: ignore[attr-defined]
-            return (x, float(eps)) if isinstance(width, int) else None
-    return None
-
-
-def _root_argument(node: fx.Node, *, inverse: bool) -> fx.Node | None:
-    """v of ``rsqrt(v)``, ``v ** -0.5``, ``1 / sqrt(v)`` (inverse) or of ``sqrt(v)``."""
-    name, args = op_name(node), node.args
-    if inverse and name == "rsqrt":
-        return args[0]  # type: ignore[return-value]
-    power = -0.5 if inverse else 0.5
-    if name == "pow" and len(args) == 2 and args[1] == power:
-        return args[0]  # type: ignore[return-value]
-    if not inverse:
-        return args[0] if name == "sqrt" else None  # type: ignore[return-value]
-    if name == "reciprocal" and isinstance(args[0], fx.Node):
-        return _root_argument(args[0], inverse=False)
-    if name in ("truediv", "div") and args[0] in (1, 1.0) and isinstance(args[1], fx.Node):
-        return _root_argument(args[1], inverse=False)
-    return None
-
-
-def _mean_over_last(node: fx.Node) -> fx.Node | None:
-    if op_name(node) != "mean" or not node.args:
-        return None
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    source = node.args[0]
-    last = dim in (-1, (-1,), [-1]) or (
-        isinstance(source, fx.Node)
-        and isinstance(value_of(source), torch.Tensor)
-        and dim == value_of(source).dim() - 1  # type: ignore[attr-defined]
-    )
-    return source if keepdim and last else None  # type: ignore[return-value]
-
-
-def _square_argument(node: fx.Node) -> fx.Node | None:
-    name, args = op_name(node), node.args
-    if name == "square" or (name == "pow" and len(args) == 2 and args[1] in (2, 2.0)):
-        return args[0]  # type: ignore[return-value]
-    if name in ("mul", "multiply") and len(args) == 2 and args[0] is args[1]:
-        return args[0]  # type: ignore[return-value]
-    return None
-
-
-def _dtype(node: fx.Node) -> torch.dtype | None:
-    return getattr(value_of(node), "dtype", None)
-
-
-def _uncast(node: fx.Node) -> fx.Node:
-    while kind_of(node) is Kind.CAST and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
 
 
 # --- helpers ------------------------------------------------------------------------------------

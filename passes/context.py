@@ -26,6 +26,7 @@ class Options:
         eps: added to the mean square in the mapping's RMSNorm.
         readout: ``mean``, ``sum`` or ``head``.
         stream_dtype: dtype in which streams are kept, ``None`` for the model's own.
+        defer_norms: whether the user's own RMSNorms are deferred behind their matmuls.
         include, exclude: ``fnmatch`` patterns over site names.
     """
 
@@ -34,6 +35,7 @@ class Options:
     eps: float = 1e-6
     readout: str = "mean"
     stream_dtype: torch.dtype | None = None
+    defer_norms: bool = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
 

@@ -1,4 +1,7 @@
-"""Example values of new nodes, computed on the fake tensors that the capture left behind."""
+"""New nodes with what every node carries: origin, recompute tags, an example value.
+
+Example values are computed on the fake tensors that the capture left behind.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,37 @@ from typing import Any
 import torch
 from torch import fx
 
-from .operators import value_of
+from .operators import dtype_of, value_of
 
-__all__ = ["set_example_value"]
+__all__ = ["INHERITED", "Writer", "set_example_value"]
+
+INHERITED = ("nn_module_stack", "stack_trace", "source_fn_stack", "recompute", "ac_graph_id")
+"""What a new node takes over from the node whose work it does."""
+
+
+class Writer:
+    """Writes nodes one behind the other, all with the origin and the recompute tags of one.
+
+    Args:
+        place: the node behind which the first is written.
+        like: the node whose work they do.
+    """
+
+    def __init__(self, place: fx.Node, like: fx.Node) -> None:
+        self.place, self.like = place, like
+
+    def call(self, target: Any, *args: Any, name: str | None = None) -> fx.Node:
+        """A call of a function, or of the method so called of the first argument."""
+        graph, op = self.place.graph, "call_method" if isinstance(target, str) else "call_function"
+        with graph.inserting_after(self.place):
+            self.place = graph.create_node(op, target, args, name=name)
+        self.place.meta = {k: self.like.meta[k] for k in INHERITED if k in self.like.meta}
+        set_example_value(self.place)
+        return self.place
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """The node itself if it has the dtype."""
+        return node if dtype_of(node) == dtype else self.call("to", node, dtype)
 
 
 def set_example_value(node: fx.Node) -> None:

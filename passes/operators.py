@@ -14,6 +14,7 @@ from torch import fx
 
 __all__ = [
     "Kind",
+    "dtype_of",
     "holds_tensor",
     "is_float_tensor",
     "kind_of",
@@ -163,6 +164,13 @@ def is_float_tensor(node: object) -> bool:
         return False
     value = value_of(node)
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    """The dtype of a tensor node."""
+    value = value_of(node)
+    assert isinstance(value, torch.Tensor)
+    return value.dtype
 
 
 def shape_of(node: fx.Node) -> tuple[object, ...]:

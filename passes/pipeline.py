@@ -1,4 +1,4 @@
-"""The passes on a captured graph, in order, each with what must hold behind it."""
+"""The passes, in order, each with what must hold behind it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from torch import fx
 
 from .canonicalize import canonicalize
 from .context import Context
+from .defer_norm import defer_norm
 from .detect import detect
+from .fuse_coefficients import fuse_coefficients
+from .fuse_seams import fuse_seams
 from .lower import lower
 from .operators import op_name
 from .runner import Pass
 from .widen import branch_input, widen
 
-__all__ = ["EXAMINE", "PIPELINE"]
+__all__ = ["EXAMINE", "PARTITIONED", "PIPELINE"]
 
 
 def _bodies_are_inlined(gm: fx.GraphModule, context: Context) -> list[str]:
@@ -41,8 +44,13 @@ PIPELINE = (
     Pass("canonicalize", canonicalize, _bodies_are_inlined),
     Pass("detect", detect, _sites_are_consistent),
     Pass("widen", widen, _streams_are_closed),
+    Pass("defer_norm", defer_norm),
+    Pass("fuse_coefficients", fuse_coefficients),
     Pass("lower", lower),
 )
 
 # What `transform` and `explain` need: the sites, no rewrite.
 EXAMINE = PIPELINE[:2]
+
+# On the forward, the backward and the inference graphs that AOTAutograd makes of it.
+PARTITIONED = (Pass("fuse_seams", fuse_seams),)

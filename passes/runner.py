@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -37,11 +38,14 @@ class HistoryEntry:
     """One version of the graph, signed by the pass that made it.
 
     Attributes:
-        name: the pass (``capture`` for the graph as it came).
+        name: the pass; ``capture`` for the graph as it came, and for the graphs that AOTAutograd
+            made of it ``forward``, ``backward`` or ``inference``.
         milliseconds: what the pass took.
         notes: what it did, in words.
         changed: whether the graph differs from the version before.
         code: the graph as Python.
+        graph: which graph it is a version of, ``captured``, ``forward``, ``backward`` or
+            ``inference``.
     """
 
     name: str
@@ -49,6 +53,12 @@ class HistoryEntry:
     notes: Sequence[str] = field(default_factory=tuple)
     changed: bool = True
     code: str = ""
+    graph: str = "captured"
+
+    @property
+    def operators(self) -> list[str]:
+        """The ``mhc::`` operators of this version, by name and in order."""
+        return re.findall(r"torch\.ops\.mhc\.(\w+)", self.code)
 
     def __str__(self) -> str:
         return f"# {self.name} ({self.milliseconds:.1f} ms): {'; '.join(self.notes)}\n{self.code}"
@@ -60,20 +70,28 @@ def run_pipeline(
     passes: Iterable[Pass],
     *,
     disabled: Sequence[str] = (),
+    graph: str = "captured",
 ) -> tuple[fx.GraphModule, list[HistoryEntry]]:
     """Run the passes in order on a graph that may be changed.
 
+    Args:
+        graph: which graph it is, as ``HistoryEntry.graph`` says it.
+
     Returns:
-        The resulting graph module and the history, the captured graph first.
+        The resulting graph module and the history, the graph as it came first.
 
     Raises:
         MhcError: from a pass, unchanged, where the user can do something about it.
         RuntimeError: a pass failed or broke its postcondition; says which, and after which.
     """
-    history = [HistoryEntry("capture", 0.0, ("as captured",), code=gm.code)]
+    captured = graph == "captured"
+    name, note = ("capture", "as captured") if captured else (graph, "as AOTAutograd made it")
+    history = [HistoryEntry(name, 0.0, (note,), code=gm.code, graph=graph)]
     for step in passes:
         if step.name in disabled:
-            history.append(HistoryEntry(step.name, 0.0, ("disabled",), changed=False, code=gm.code))
+            history.append(
+                HistoryEntry(step.name, 0.0, ("disabled",), False, history[-1].code, graph)
+            )
             continue
         gm, entry = _run_one(step, gm, context, history)
         history.append(entry)
@@ -103,4 +121,7 @@ def _run_one(
         )
     elapsed = (time.perf_counter() - start) * 1e3
     notes = tuple(result.notes) or ("nothing to do",)
-    return result.gm, HistoryEntry(step.name, elapsed, notes, result.changed, result.gm.code)
+    entry = HistoryEntry(
+        step.name, elapsed, notes, result.changed, result.gm.code, history[-1].graph
+    )
+    return result.gm, entry

@@ -25,14 +25,12 @@ from ..kernels import reference
 from .context import Context, PassResult
 from .dataflow import DataFlow, erase_dead_code, unread
 from .detect import is_reduction_of
-from .fake import set_example_value
+from .fake import INHERITED, set_example_value
 from .operators import Kind, holds_tensor, kind_of, value_of
 from .sites import Detection, Site
 from .streamwise import apply_streamwise, lay_as, transfer_axis
 
 __all__ = ["branch_input", "widen"]
-
-_INHERITED = ("nn_module_stack", "stack_trace", "source_fn_stack", "recompute", "ac_graph_id")
 
 
 def widen(gm: fx.GraphModule, context: Context) -> PassResult:
@@ -277,7 +275,7 @@ class _Widener:
             yield
         node = previous.next
         while node is not before:
-            node.meta.update({k: like.meta[k] for k in _INHERITED if k in like.meta})
+            node.meta.update({k: like.meta[k] for k in INHERITED if k in like.meta})
             set_example_value(node)
             node = node.next
 

@@ -31,7 +31,9 @@ static void multiply(const K *A, const K *B, int64_t B_stride, int64_t depth, K 
                 const VC total = load_as<VC>(place) + acc[r][v];
                 __builtin_memcpy(place, &total, sizeof total);
             } else {
-                for (int l = 0; l < columns - v * CW; ++l) place[l] += acc[r][v][l];
+                K lanes[CW];  // a copy: acc itself is to stay in registers
+                __builtin_memcpy(lanes, &acc[r][v], sizeof lanes);
+                for (int l = 0; l < columns - v * CW; ++l) place[l] += lanes[l];
             }
         }
 }

@@ -1,64 +1,74 @@
-"""Random sites for the tests of the operators: large, irregular coefficients, perturbed streams."""
+"""Tensors of a site for tests of kernels, and what float64 makes of them."""
 
-import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mhc_compile.kernels.variants import VARIANTS, Variant, get_variant
+STREAMS = [2, 3, 4, 8]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
-EPS = 1e-6
-LINEAR_HC = replace(get_variant("hc"), inner="linear")
-DESCRIPTIONS = [*(get_variant(name) for name in VARIANTS), LINEAR_HC]
-
-
-def possible(streams: list[int]) -> list[tuple[Variant, int]]:
-    """Every variant with every number of streams that it can have."""
-    return [
-        (variant, n)
-        for variant, n in itertools.product(DESCRIPTIONS, streams)
-        if not (variant.residual == "permutations" and n > 4)
-        and not (variant.residual == "kronecker" and n & (n - 1))
-    ]
+SHAPES = [(0, 40), (1, 8), (3, 264), (7, 40), (35, 8), (5, 13)]
+"""(T, C): no token, several blocks of channels, several tokens a program, an odd C."""
 
 
-def label(value: object) -> str | None:
-    return value.text if isinstance(value, Variant) else None
+def normal(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Site:
-    """The operands of a site's operators."""
+    """Inputs of the operators of a site and gradients of their outputs."""
 
+    H_res: Tensor
+    H_post: Tensor
+    H_pre: Tensor
     X: Tensor
     f: Tensor
-    phi: Tensor
-    alpha: Tensor
-    bias: Tensor
+    dX2: Tensor
+    dh: Tensor
 
-    @property
-    def mapping(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.X, self.phi, self.alpha, self.bias
-
-    def to(self, dtype: torch.dtype) -> "Site":
-        """Streams in a dtype, parameters in the dtype that goes with it."""
-        exact = torch.float64 if dtype is torch.float64 else torch.float32
-        X, f = self.X.to(dtype), self.f.to(dtype)
-        return Site(X, f, self.phi.to(exact), self.alpha.to(exact), self.bias.to(exact))
-
-    def requires_grad(self) -> "Site":
-        tensors = (self.X, self.f, self.phi, self.alpha, self.bias)
-        return Site(*(t.detach().clone().requires_grad_() for t in tensors))
+    @classmethod
+    def random(cls, T: int, n: int, C: int, dtype: torch.dtype) -> "Site":
+        K = torch.float64 if dtype == torch.float64 else torch.float32
+        return cls(
+            H_res=normal(T, n, n, dtype=K),
+            H_post=normal(T, n, dtype=K),
+            H_pre=normal(T, n, dtype=K),
+            X=normal(T, n, C, dtype=dtype),
+            f=normal(T, C, dtype=dtype),
+            dX2=normal(T, n, C, dtype=dtype),
+            dh=normal(T, C, dtype=dtype),
+        )
 
 
-def random_site(variant: Variant, n: int, C: int, leading: tuple[int, ...], seed: int = 0) -> Site:
-    """Float64; φ of the size that makes H̃ of order 1."""
-    random = torch.Generator().manual_seed(seed)
-    columns = sum(variant.columns(n))
+def assert_sum(actual: Tensor, terms: str, *factors: Tensor) -> None:
+    """`actual` is the einsum of the factors: rounded once, and not far from exact before that.
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=random)
+    The bound is rigorous: half a unit in the last place of the result, and a few roundings of
+    the accumulating dtype relative to the sum of absolute values.
+    """
+    exact = torch.einsum(terms, *(factor.double() for factor in factors))
+    sizes = torch.einsum(terms, *(factor.double().abs() for factor in factors))
+    assert_near(actual, exact, sizes)
 
-    phi = normal(n * C, columns) / (n * C) ** 0.5
-    return Site(normal(*leading, n, C), normal(*leading, C), phi, normal(3), normal(columns))
+
+def assert_near(actual: Tensor, exact: Tensor, sizes: Tensor) -> None:
+    """|actual − exact| is half a unit in its last place, and some float32 roundings of `sizes`."""
+    assert actual.shape == exact.shape
+    assert actual.is_contiguous()
+    accumulating = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    info = torch.finfo(actual.dtype)
+    rounding = 0.5 * info.eps * exact.abs() + info.smallest_normal * info.eps
+    bound = 1.01 * rounding + 16 * torch.finfo(accumulating).eps * sizes
+    error = (actual.double() - exact).abs()
+    assert (error <= bound).all(), f"error {error.max():.2e}, {(error / bound).max():.2f} x bound"
+
+
+def strided(x: Tensor) -> Tensor:
+    """Equal to x, with gaps and another order in memory."""
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype)
+    view = wide.transpose(0, -1).contiguous().transpose(0, -1)[..., ::2]
+    view.copy_(x)
+    assert view.numel() < 2 or not view.is_contiguous()
+    return view

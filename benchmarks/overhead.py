@@ -1,0 +1,266 @@
+"""What mHC costs a whole model: training step, compile time, bytes kept for backward.
+
+    python benchmarks/overhead.py                   writes results/overhead.json, docs/overhead.md
+    python benchmarks/overhead.py --only gpt-n4     one setting; printed and not written
+
+The 6-layer GPT of `gpt.py` and a Hugging Face Llama of the same size, float32, 1024 tokens, plain
+and with n streams: by this library with all passes, with each pass off in turn, and by the
+hand-written connections of transformers' DeepSeek-V4 and of lucidrains. Everything is compiled.
+
+A step is forward and backward. All contestants of a setting live in one process and take turns;
+the ratio is that of the medians. Compile time is the first step's in a process of its own, with an
+empty cache, after a small model has been compiled to load the compiler. Bytes kept
+for backward are those of distinct storages that autograd saves, without parameters. Recomputation
+is off. Parameters of mappings are drawn at random (σ = 0.02 around their start), so that
+nothing is zero. Large tensors come from the heap (`MALLOC_MMAP_MAX_=0`), as in `kernels.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpt import GPT, V4GPT, VOCAB, LucidrainsGPT, llama
+from machine import ALLOCATORS, machine
+from torch import Tensor, nn
+
+import mhc_compile
+
+ROOT = Path(__file__).resolve().parent.parent
+PASSES = ("fuse_coefficients", "fuse_seams")
+TOKENS = 1024
+SETTINGS = {
+    "gpt-n4": ("gpt", 4),
+    "gpt-n2": ("gpt", 2),
+    "gpt-n8": ("gpt", 8),
+    "llama-n4": ("llama", 4),
+}
+PLAIN, OURS = "plain", "mhc_compile"
+
+
+def contestants(model: str, n: int) -> dict[str, Callable[[], nn.Module]]:
+    """Makers of compiled modules from ids to a loss."""
+    base = {"gpt": GPT, "llama": llama}[model]
+    makers: dict[str, Callable[[], nn.Module]] = {
+        PLAIN: lambda: _compiled(base(), "inductor"),
+        OURS: lambda: _transformed(base(), n),
+    }
+    if n == 4:
+        for name in PASSES:
+            makers[f"{OURS} without {name}"] = lambda name=name: _transformed(base(), n, name)
+    if model == "gpt":
+        makers["transformers V4 modules"] = lambda: _compiled(V4GPT(n), "inductor")
+        if n == 4:
+            makers["lucidrains mHC"] = lambda: _compiled(LucidrainsGPT(n), "inductor")
+    return makers
+
+
+def _compiled(model: nn.Module, backend: str) -> nn.Module:
+    model.compile(backend=backend)
+    return model
+
+
+def _transformed(model: nn.Module, n: int, *disabled: str) -> nn.Module:
+    config = mhc_compile.Config(n=n, disabled=disabled)
+    mhc_compile.transform(model, config=config, example_inputs=(_ids(),))
+    for parameter in mhc_compile.parameters(model):
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    return _compiled(model, "mhc")
+
+
+def _ids() -> Tensor:
+    return torch.randint(VOCAB, (1, TOKENS))
+
+
+def measure(setting: str, repeats: int) -> dict[str, Any]:
+    """Every contestant of one setting; a peer that does not compile is a result."""
+    ids, rows, steps = _ids(), {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, make) in enumerate(contestants(*SETTINGS[setting]).items()):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{number}"
+            compiled = _run_self("--setting", setting, "--compile", name)
+            rows[name] = compiled
+            if "error" in compiled:
+                continue
+            torch.manual_seed(0)
+            module = make()
+            steps[name] = _step(module, ids)
+            steps[name]()  # from the cache that the process has left
+            rows[name] |= {"kept_MiB": _kept(module, ids) / 2**20}
+        for name, seconds in _in_turn(steps, repeats).items():
+            rows[name]["step_ms"] = 1e3 * statistics.median(seconds)
+    return rows
+
+
+def compile_alone(setting: str, name: str) -> dict[str, Any]:
+    """Seconds of the first step, and the operators in what was compiled."""
+    _step(_compiled(nn.Sequential(nn.Linear(8, 8)), "inductor"), torch.randn(8, 8))()
+    torch.manual_seed(0)
+    try:
+        module = contestants(*SETTINGS[setting])[name]()
+        start = time.perf_counter()
+        _step(module, _ids())()
+        seconds = time.perf_counter() - start
+    except Exception as error:
+        if name.startswith((PLAIN, OURS)):
+            raise
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    return {"compile_s": seconds, **_operators(name, module)}
+
+
+def _step(module: nn.Module, ids: Tensor) -> Callable[[], None]:
+    def step() -> None:
+        module(ids).sum().backward()
+        module.zero_grad()
+
+    return step
+
+
+def _in_turn(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            step()
+            gc.collect()
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _kept(module: nn.Module, ids: Tensor) -> int:
+    """Bytes of distinct storages that autograd saves, without those of parameters."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = module(ids)
+    kept = sum(size for pointer, size in sizes.items() if pointer not in own)
+    del loss
+    return kept
+
+
+def _operators(name: str, module: nn.Module) -> dict[str, Any]:
+    """The operators of this library in the compiled forward and backward graph."""
+    if not name.startswith(OURS):
+        return {}
+    history = mhc_compile.graphs(module)[-1].history
+    last = {entry.graph: entry.code for entry in history}
+    return {
+        kind: Counter(
+            part.split(".", 1)[0].split("(", 1)[0]
+            for part in last.get(kind, "").split("torch.ops.mhc.")[1:]
+        )
+        for kind in ("forward", "backward")
+    }
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def document(results: dict[str, Any]) -> str:
+    where = results["machine"]
+    lines = [
+        "# What mHC costs a whole model",
+        "",
+        "`python benchmarks/overhead.py`: 6 layers (12 sites), C 512, 1024 tokens, float32, every "
+        "contestant",
+        "compiled; a step is forward and backward; medians of "
+        f"{results['repeats']} repeats in which all take turns.",
+        "Recomputation is off. Compile time is that of the first step, with empty caches.",
+        f"Measured on {where['processor']} ({where['instructions']}), {where['cores']} cores, "
+        f"torch {where['torch']}, Python {where['python']}.",
+    ]
+    for setting, rows in results["settings"].items():
+        model, n = SETTINGS[setting]
+        lines += ["", f"## {model.capitalize() if model == 'llama' else 'GPT'}, n = {n}", ""]
+        lines += ["| | step (ms) | against plain | compile (s) | against plain | kept (MiB) |"]
+        lines += ["|---|---:|---:|---:|---:|---:|"]
+        lines += [_row(name, row, rows[PLAIN]) for name, row in rows.items()]
+        lines += ["", *_operator_lines(rows[OURS])]
+    return "\n".join([*lines, ""])
+
+
+def _row(name: str, row: dict[str, Any], plain: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"| {name} | {row['error']} | | | | |"
+    cells = [
+        f"{row['step_ms']:.1f}",
+        f"{row['step_ms'] / plain['step_ms']:.2f}",
+        f"{row['compile_s']:.1f}",
+        f"{row['compile_s'] / plain['compile_s']:.2f}",
+        f"{row['kept_MiB']:.0f}",
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _operator_lines(row: dict[str, Any]) -> list[str]:
+    def listed(counts: dict[str, int]) -> str:
+        return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+    return [
+        f"Operators of all 12 sites, {kind}: {listed(row[kind])}."
+        for kind in ("forward", "backward")
+    ]
+
+
+def main(only: str, repeats: int) -> None:
+    settings = {
+        name: _run_self("--setting", name, "--repeats", str(repeats))
+        for name in SETTINGS
+        if only in name
+    }
+    results = {"machine": machine(), "repeats": repeats, "settings": settings}
+    print(document(results))
+    if only:
+        return
+    folder = ROOT / "benchmarks" / "results"
+    folder.mkdir(exist_ok=True)
+    text = json.dumps(results, indent=2) + "\n"
+    (folder / "overhead.json").write_text(text, encoding="utf-8")
+    (ROOT / "docs" / "overhead.md").write_text(document(results), encoding="utf-8")
+
+
+def _run_self(*arguments: str) -> Any:
+    """The allocator reads its settings when a process starts."""
+    print(*arguments, file=sys.stderr, flush=True)
+    output = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        env=os.environ | ALLOCATORS["raised"],
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    ).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="settings whose name contains this")
+    parser.add_argument("--setting", help="measure this setting in this process and print it")
+    parser.add_argument("--compile", help="of that setting, compile this contestant only")
+    parser.add_argument("--repeats", type=int, default=11)
+    arguments = parser.parse_args()
+    if arguments.compile:
+        print(json.dumps(compile_alone(arguments.setting, arguments.compile)))
+    elif arguments.setting:
+        print(json.dumps(measure(arguments.setting, arguments.repeats)))
+    else:
+        main(arguments.only, arguments.repeats)

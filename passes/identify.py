@@ -1,0 +1,226 @@
+"""Which variant of mHC a region of the graph computes, found by comparing values with the oracle.
+
+    mapped  y / r of a projection, on random tokens       (see ``match``)
+    a node of n numbers   is H_pre or H_post if it lies on a line over a gate of that part of H̃
+    a node of n × n       is H_res, or its transpose, if it equals that of a description
+
+The oracle is ``kernels.reference``: what it computes from the same y, α and b.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..kernels import reference
+from ..kernels.variants import MOST_PERMUTED_STREAMS, VARIANTS, Gate, Variant
+from .match import Region, close, is_view, random
+from .operators import holds_tensor, op_name, shape_of
+from .token_rules import TOKENS, Value, same_sizes
+
+__all__ = ["Oracle", "Refused", "Roles", "oracle_of", "residuals"]
+
+
+class Refused(Exception):
+    """Why a group of nodes is left as it is."""
+
+
+def residuals(n: int, columns: int) -> list[str]:
+    """The residuals that have so many columns for n streams."""
+    found = {"identity": 0, "free": n * n, "sinkhorn": n * n}
+    if n <= MOST_PERMUTED_STREAMS:
+        found["permutations"] = math.factorial(n)
+    if n & (n - 1) == 0:
+        found["kronecker"] = 2 * (n.bit_length() - 1)
+    return [name for name, count in found.items() if count == columns]
+
+
+class Oracle:
+    """One random mapping of n streams, and the coefficients that any variant makes of it."""
+
+    def __init__(self, n: int, columns: int) -> None:
+        self.n, self.columns = n, columns
+        self.y = 2 * random(TOKENS, columns, seed=1)
+        self.inv_r = random(TOKENS, 1, seed=2).abs() + 0.5
+        self.mapped = self.y * self.inv_r
+        self._parameters = {3: random(3, seed=3), columns: random(columns, seed=4)}
+        self._found: dict[Variant, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def parameter(self, shape: tuple[object, ...]) -> Tensor | None:
+        """α or b, by the only shape that each of them can have."""
+        size = shape[0] if len(shape) == 1 else None
+        return self._parameters.get(size) if type(size) is int else None
+
+    def coefficients(self, variant: Variant) -> tuple[Tensor, Tensor, Tensor]:
+        """H_pre, H_post, H_res."""
+        if variant not in self._found:
+            alpha, bias = self._parameters[3], self._parameters[self.columns]
+            with torch.no_grad():
+                self._found[variant] = reference.from_projection(
+                    self.mapped, alpha, bias, variant=variant, n=self.n
+                )
+        return self._found[variant]
+
+
+@cache
+def oracle_of(n: int, columns: int) -> Oracle:
+    return Oracle(n, columns)
+
+
+_PRE, _POST, _RES = range(3)
+_PARTS = ("H_pre", "H_post", "H_res")
+
+
+class Roles:
+    """Which nodes of a region are H_pre, H_post and H_res, and of which variant.
+
+    A node that something outside the region reads is one of them, or it does not belong to the
+    region: then its operands are read from outside.
+
+    Attributes:
+        chosen: from a node to the coefficient that it holds, and whether transposed.
+    """
+
+    def __init__(self, region: Region, oracle: Oracle, tokens: tuple[object, ...]) -> None:
+        self.region, self.oracle, self.tokens = region, oracle, tokens
+        self.constants = sorted({c for m in region.members for c in _constants(m)})
+        names = residuals(oracle.n, oracle.columns - 2 * oracle.n)
+        self.residuals = list(self._candidates(names))
+        inside = set(region.members)
+        candidates: dict[fx.Node, tuple[int, Any]] = {}
+        for node in reversed(region.members):
+            if all(user in inside for user in node.users):
+                continue
+            role = self._role(node)
+            if role is None:
+                inside.remove(node)
+            else:
+                candidates[node] = role
+        self.chosen: dict[fx.Node, tuple[int, bool]] = {}
+        self.descriptions = [self._choose(part, candidates) for part in range(3)]
+
+    def variant(self) -> Variant:
+        """The one description of all three, named after the known variant that is nearest."""
+        missing = [p for p, d in zip(_PARTS, self.descriptions, strict=True) if d is None]
+        if missing:
+            raise Refused(f"nothing in it is {' or '.join(missing)} of a known variant")
+        inner = {d[0] for d in self.descriptions}
+        if self.descriptions[_RES][1].residual == "identity":
+            inner = {d[0] for d in self.descriptions[:_RES]}
+        if len(inner) > 1:
+            raise Refused("tanh stands in front of some of its coefficients only")
+        (_, pre), (_, post), (_, residual) = self.descriptions
+        found = replace(residual, pre=pre, post=post, inner=inner.pop())
+        alike = (replace(found, name=name) for name in VARIANTS)
+        return min(alike, key=lambda v: len(v.text) - len(v.name))
+
+    def _role(self, node: fx.Node) -> tuple[int, Any] | None:
+        value, n = self.region.known[node], self.oracle.n
+        if not isinstance(value, Value) or not same_sizes(
+            shape_of(node)[: value.lead], self.tokens
+        ):
+            return None
+        if value.tail == (n,):
+            return self._gate(value.data)
+        if value.tail == (n, n):
+            for flipped in (False, True):
+                for description in self.residuals:
+                    if self._is_residual(value.data, description, flipped):
+                        return _RES, (description.inner, description)
+        return None
+
+    def _gate(self, data: Tensor) -> tuple[int, Any] | None:
+        """The part and the gate: the line through the points (function(H̃), data)."""
+        for inner in ("linear", "tanh"):
+            for function in ("sigmoid", "linear"):
+                base = Variant(
+                    "mhc",
+                    pre=Gate(function),
+                    post=Gate(function),
+                    residual=self.residuals[0].residual,
+                    iterations=1,
+                    inner=inner,
+                )
+                for part in (_PRE, _POST):
+                    x = self.oracle.coefficients(base)[part]
+                    centred = x - x.mean()
+                    scale = ((centred * data).sum() / centred.square().sum()).item()
+                    scale = self._snap(scale)
+                    offset = self._snap((data - scale * x).mean().item())
+                    if scale and close(scale * x + offset, data):
+                        return part, (inner, Gate(function, scale, offset))
+        return None
+
+    def _snap(self, number: float) -> float:
+        """A number of the graph's own, where it is one up to rounding."""
+        nearest = min((0.0, 1.0, *self.constants), key=lambda c: abs(c - number))
+        return nearest if abs(nearest - number) < 1e-13 else number
+
+    def _is_residual(self, data: Tensor, description: Variant, flipped: bool) -> bool:
+        H_res = self.oracle.coefficients(description)[_RES]
+        return close(H_res.mT if flipped else H_res, data)
+
+    def _candidates(self, names: list[str]) -> Iterator[Variant]:
+        """Every description of H_res that this region could mean."""
+        for name in names:
+            for inner in ("linear", "tanh"):
+                base = Variant("mhc", residual=name, inner=inner)  # type: ignore[arg-type]
+                if name in ("identity", "permutations", "kronecker"):
+                    yield base
+                    continue
+                settings = set(self._iterations()) if name == "sinkhorn" else {(0, 0.0)}
+                for iterations, eps in sorted(settings):
+                    for transposed in (False, True):
+                        yield replace(base, iterations=iterations, eps=eps, transposed=transposed)
+
+    def _iterations(self) -> Iterator[tuple[int, float]]:
+        """How often Sinkhorn-Knopp may normalise, and with which eps: as the graph says."""
+        sums = 0
+        for node in self.region.members:
+            name = op_name(node)
+            if name == "sinkhorn_knopp":
+                iterations, eps = (*node.args[1:], 0.0)[:2]
+                yield iterations, float(eps)  # type: ignore[misc, arg-type]
+            sums += name in ("sum", "softmax", "log_softmax", "logsumexp")
+        if sums > 1:
+            yield from ((sums // 2, eps) for eps in (0.0, *self.constants) if 0 <= eps < 0.1)
+
+    def _choose(self, part: int, candidates: dict[fx.Node, tuple[int, Any]]) -> Any:
+        """One description for a part, and the nodes that it describes."""
+        found = {node: found for node, (p, found) in candidates.items() if p == part}
+        if not found:
+            return None
+        applied = [node for node in found if self._is_applied(node)]
+        if not applied:
+            return None
+        main = max(applied)
+        description = found[main]
+        for node in found:
+            data = self.region.known[node].data
+            if part != _RES and found[node] == description:
+                self.chosen[node] = part, False
+            elif part == _RES:
+                for flipped in (False, True):
+                    if self._is_residual(data, description[1], flipped):
+                        self.chosen[node] = part, flipped
+                        break
+        return description
+
+    def _is_applied(self, node: fx.Node) -> bool:
+        """Whether something else meets a node, perhaps behind views: streams, or a branch."""
+        for user in node.users:
+            if any(holds_tensor(n) and n not in self.region.known for n in user.all_input_nodes):
+                return True
+            if user in self.region.known and is_view(user) and self._is_applied(user):
+                return True
+        return False
+
+
+def _constants(node: fx.Node) -> Iterator[float]:
+    return (float(a) for a in node.args if type(a) in (int, float))  # type: ignore[arg-type]

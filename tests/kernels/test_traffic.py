@@ -1,0 +1,103 @@
+"""Bytes of the operators: the table of §4 of the mathematics, and what kernels really ask for."""
+
+import pytest
+import torch
+
+from mhc_compile.kernels import post_res, pre, readout, traffic
+
+from .counting import requested_bytes
+from .sites import Site
+
+# For n = 4, in units of C elements a token: floor, and what is requested of L2 or memory.
+UNITS = {
+    "add": (3, 3),
+    "coefficients_pre": (5, 9),
+    "post_res": (9, 9),
+    "seam": (10, 14),
+    "post_res_backward": (14, 14),
+    "coefficients_pre_backward": (13, 18),
+    "seam_backward": (19, 24),
+}
+
+CALLS = {
+    "expand": lambda s, n: (readout.expand, s.f, n),
+    "readout": lambda s, n: (readout.readout, s.X, "mean"),
+    "expand_backward": lambda s, n: (readout.expand_backward, s.X),
+    "readout_backward": lambda s, n: (readout.readout_backward, s.f, n, "mean"),
+    "pre": lambda s, n: (pre.pre, s.H_pre, s.X),
+    "pre_backward": lambda s, n: (pre.pre_backward, s.dh, s.H_pre, s.X),
+    "post_res": lambda s, n: (post_res.post_res, s.H_res, s.H_post, s.X, s.f),
+    "post_res_backward": lambda s, n: (
+        post_res.post_res_backward,
+        s.dX2,
+        s.H_res,
+        s.H_post,
+        s.X,
+        s.f,
+    ),
+}
+
+
+@pytest.mark.parametrize("operator", UNITS)
+def test_table_for_four_streams(operator):
+    T, C = 100, 2560
+    moved = traffic.traffic(operator, T=T, n=4, C=C, columns=24)
+    assert (moved.floor, moved.requested) == tuple(2 * T * C * units for units in UNITS[operator])
+
+
+def test_site_forward_and_backward():
+    """A site between two others: 29C with seams; 41C without, which a chain's ends have."""
+
+    def floor(*operators):
+        found = (traffic.traffic(name, T=1, n=4, C=8, columns=24) for name in operators)
+        return sum(moved.floor for moved in found) // 16
+
+    assert floor("seam", "seam_backward") == 29
+    assert floor("coefficients_pre", "post_res") == 14
+    assert floor("coefficients_pre_backward", "post_res_backward") == 27
+
+
+@pytest.mark.parametrize("n, C", [(4, 2560), (8, 776), (3, 40)])
+@pytest.mark.parametrize("operator", CALLS)
+def test_kernels_ask_for_what_the_table_says(interpreted, operator, n, C):
+    """Several blocks of channels, at 776 the last one partial; at 40 tokens share a program."""
+    T = 3
+    site = Site.random(T, n, C, torch.bfloat16)
+    counted = interpreted(requested_bytes, *CALLS[operator](site, n))
+    moved = traffic.traffic(operator, T=T, n=n, C=C)
+    assert counted.pop(2) == moved.requested
+    assert set(counted) <= {4}
+
+
+def test_coefficients_are_read_once_up_to_four_streams(interpreted):
+    T, n, C = 3, 4, 2560
+    site = Site.random(T, n, C, torch.bfloat16)
+    counted = interpreted(requested_bytes, *CALLS["post_res_backward"](site, n))
+    assert counted[4] == 2 * T * (n * n + n) * 4
+
+
+@pytest.mark.parametrize("name", traffic.GPUS)
+def test_prediction_is_no_better_than_its_limits(name):
+    gpu, shape = traffic.GPUS[name], {"T": 16384, "n": 4, "C": 4096, "columns": 24}
+    for operator, known in traffic.OPERATORS.items():
+        moved = traffic.traffic(operator, **shape)
+        seconds = traffic.predicted_seconds(operator, gpu, **shape)
+        assert seconds >= known.launches * gpu.launch + moved.floor / gpu.copy
+        assert moved.requested >= moved.floor
+        assert seconds < 1.5 * moved.requested / gpu.copy + known.launches * gpu.launch
+
+
+def test_seam_is_predicted_faster_than_its_parts():
+    shape = {"T": 16384, "n": 4, "C": 4096, "columns": 24}
+
+    def seconds(operator):
+        return traffic.predicted_seconds(operator, traffic.GPUS["H200"], **shape)
+
+    assert seconds("seam") < seconds("post_res") + seconds("coefficients_pre")
+    parts = seconds("post_res_backward") + seconds("coefficients_pre_backward")
+    assert seconds("seam_backward") < parts
+
+
+def test_unknown_operator_raises():
+    with pytest.raises(KeyError, match="seem"):
+        traffic.traffic("seem", T=1, n=4, C=8)
