@@ -31,9 +31,7 @@ def coefficients(
     X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, variant: Variant, eps: float
 ) -> Coefficients:
     """The coefficients of a site from its streams, and what its backward needs of them."""
-    flat = X.flatten(1).to(phi.dtype)
-    y = flat @ phi
-    inv_r = (flat.square().mean(-1) + eps).rsqrt()
+    y, inv_r = _project(X, phi, eps)
     mapped = y * inv_r.unsqueeze(-1)
     H = reference.from_projection(mapped, alpha, bias, variant=variant, n=X.shape[1])
     return (*(h.contiguous() for h in H), y, inv_r)  # type: ignore[return-value]
@@ -168,6 +166,60 @@ def seam_backward(
     return (dphi, dalpha, dbias, *post_res_backward(dX2, H_res, H_post, X, f))
 
 
+def expand(x: Tensor, n: int) -> Tensor:
+    """n equal streams `[T, n, C]`."""
+    return readout_backward(x, n, "sum")
+
+
+def readout(X: Tensor, kind: str) -> Tensor:
+    """The `mean` or `sum` of the streams, `[T, C]`."""
+    exact = _exact_dtype(X.dtype)
+    return reference.readout(X, kind, dtype=X.dtype, compute_dtype=exact)
+
+
+def readout_backward(dx: Tensor, n: int, kind: str) -> Tensor:
+    """dX `[T, n, C]`."""
+    scaled = (dx.to(_exact_dtype(dx.dtype)) / n).to(dx.dtype) if kind == "mean" else dx
+    return reference.expand(scaled, n)
+
+
+def head_weights(
+    X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights `[T, n]` of the learned readout, y = x⃗ φ `[T, n]` and 1 / r `[T]`."""
+    y, inv_r = _project(X, phi, eps)
+    return (alpha * (y * inv_r.unsqueeze(-1)) + bias).sigmoid() + offset, y, inv_r
+
+
+def head_backward(
+    dx: Tensor,
+    dweights: Tensor,
+    X: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    weights: Tensor,
+    y: Tensor,
+    inv_r: Tensor,
+) -> Gradients:
+    """dX, dφ, dα, db of the learned readout; `dweights` comes from other readers."""
+    dH, dX = _pre_backward(dx, weights, X)
+    normed = y * inv_r.unsqueeze(-1)
+    d = _gate_backward(dH + dweights, alpha * normed + bias, Gate("sigmoid"))
+    more, dphi = _project_backward(d * alpha, X, phi, y, inv_r)
+    return dX.add_(more).to(X.dtype), dphi, (d * normed).sum().reshape(1), d.sum(0)
+
+
+def _exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _project(X: Tensor, phi: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y = x⃗ φ and 1 / r."""
+    flat = X.flatten(1).to(phi.dtype)
+    return flat @ phi, (flat.square().mean(-1) + eps).rsqrt()
+
+
 # --- gradients in the dtype of the coefficients ---------------------------------------------------
 
 
@@ -213,7 +265,6 @@ def _coefficients_backward(
     inv_r: Tensor,
     variant: Variant,
 ) -> Gradients:
-    flat = X.flatten(1).to(phi.dtype)
     normed = y * inv_r.unsqueeze(-1)
     mapped = normed.tanh() if variant.inner == "tanh" else normed
     dmapped, dalpha, dbias = _chain_backward(
@@ -221,12 +272,20 @@ def _coefficients_backward(
     )
     if variant.inner == "tanh":
         dmapped = dmapped * (1 - mapped.square())
+    return (*_project_backward(dmapped, X, phi, y, inv_r), dalpha, dbias)
+
+
+def _project_backward(
+    dmapped: Tensor, X: Tensor, phi: Tensor, y: Tensor, inv_r: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dX and dφ from the gradient of y / r."""
+    flat = X.flatten(1).to(phi.dtype)
     dy = dmapped * inv_r.unsqueeze(-1)
     dinv_r = (dmapped * y).sum(-1)
     # inv_r = (mean(x⃗²) + eps)^(-1/2):  d inv_r / d x⃗ = -inv_r³ x⃗ / (nC)
     dX = dy @ phi.mT
     dX.addcmul_(flat, (dinv_r * inv_r**3 / -flat.shape[1]).unsqueeze(-1))
-    return dX.view(X.shape), flat.mT @ dy, dalpha, dbias
+    return dX.view(X.shape), flat.mT @ dy
 
 
 def _chain_backward(
