@@ -21,7 +21,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .context import Context, PassResult
-from .dataflow import erase_dead_code, is_mutation, unread
+from .dataflow import erase_dead_code, is_mutation, memory_shown_by, unread
 from .norms import spelled_out_rms_norm
 from .operators import Kind, holds_tensor, is_float_tensor, kind_of, op_name, same_shape, value_of
 
@@ -178,7 +178,7 @@ class _Memory:
         self._aliases: dict[fx.Node, list[fx.Node]] = {}
 
     def add(self, node: fx.Node) -> None:
-        source = _memory_shown_by(node)
+        source = memory_shown_by(node)
         root = node if source is None else self._root.get(source, source)
         self._root[node] = root
         self._aliases.setdefault(root, []).append(node)
@@ -197,18 +197,6 @@ class _Memory:
             if alias is not written
             for user in alias.users
         )
-
-
-def _memory_shown_by(node: fx.Node) -> fx.Node | None:
-    """The node whose memory a node may show: views, writes, casts that change nothing."""
-    if not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    shows = kind_of(node) in (Kind.VIEW, Kind.CAST, Kind.DROPOUT) or op_name(node) in (
-        "contiguous",
-        "detach",
-        "identity",
-    )
-    return node.args[0] if shows or is_mutation(node) or node.kwargs.get("inplace") else None
 
 
 # --- spellings of add ---------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import fx
 
 from .operators import Kind, holds_tensor, kind_of, op_name
 
-__all__ = ["DataFlow", "erase_dead_code", "is_mutation", "unread"]
+__all__ = ["DataFlow", "erase_dead_code", "is_mutation", "memory_shown_by", "unread", "written"]
 
 _WRITERS = frozenset({"setitem", "copy_", "fill_", "zero_"})
 
@@ -29,6 +29,33 @@ def is_mutation(node: fx.Node) -> bool:
     if name in ("iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "ixor"):
         return True
     return name.endswith("_") and not name.startswith("_")
+
+
+def memory_shown_by(node: fx.Node) -> fx.Node | None:
+    """The node whose memory a node may show: views, writes, casts that change nothing."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    shows = kind_of(node) in (Kind.VIEW, Kind.CAST, Kind.DROPOUT) or op_name(node) in (
+        "contiguous",
+        "detach",
+        "identity",
+    )
+    return node.args[0] if shows or is_mutation(node) or node.kwargs.get("inplace") else None
+
+
+def written(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The nodes that show memory into which something writes."""
+    root: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        source = memory_shown_by(node)
+        root[node] = node if source is None else root[source]
+    roots = {root[node] for node in graph.nodes if _writes(node)}
+    return frozenset(node for node in graph.nodes if root[node] in roots)
+
+
+def _writes(node: fx.Node) -> bool:
+    in_place = node.kwargs.get("inplace") or (op_name(node) == "dropout" and True in node.args[3:4])
+    return bool(in_place or (is_mutation(node) and node.args))
 
 
 def unread(graph: fx.Graph) -> frozenset[fx.Node]:

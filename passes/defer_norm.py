@@ -12,9 +12,16 @@ open form is the cheaper one. Each of the two is exact by itself, and both toget
 Note [Rounding]
     Mappings are float32 or float64: the result differs by the order of roundings. A user's norm in
     bfloat16 is rounded at other places, and about as often: x, W · g and the product instead of
-    x̂, x̂ · g and the product. float16 is refused: x · W before the division can exceed its range,
-    which the normalised x̂ cannot. Products that autocast computes in another dtype than that of
-    their operands stay as they are.
+    x̂, x̂ · g and the product. Products that autocast computes in another dtype than that of their
+    operands stay as they are.
+
+Note [Range]
+    x · W must not overflow where x̂ · W does not. By Cauchy-Schwarz an entry of it is at most
+    √C · r · |w|, w a column of W · g. Where x and the product have the range of float32 (bfloat16
+    has) or float64, and r does not overflow itself, that is finite unless |w| exceeds 10¹⁹ / √C.
+    Beyond, at |x| > 10¹⁹ in float32, no spelling is right: mean(x²) is infinite and x̂ · W zero;
+    x · W / r is zero too, or NaN where x · W overflows as well. Refused are products in float16,
+    and products in a narrower dtype than a float64 x: an ordinary x can exceed the range of those.
 """
 
 from __future__ import annotations
@@ -30,7 +37,7 @@ from torch import fx
 
 from ..kernels import ops  # noqa: F401  (registers mhc::matmul)
 from .context import Context, PassResult
-from .dataflow import erase_dead_code, unread
+from .dataflow import erase_dead_code, unread, written
 from .fake import Writer
 from .norms import RMSNorm, rms_norm_of
 from .operators import Kind, dtype_of, is_float_tensor, kind_of, op_name, shape_of
@@ -57,17 +64,17 @@ class _Product:
 
 def defer_norm(gm: fx.GraphModule, context: Context) -> PassResult:
     """Defer every norm that may be deferred; the notes say what became of the user's own."""
-    effects = unread(gm.graph)
+    effects, overwritten = unread(gm.graph), written(gm.graph)
     done: Counter[str] = Counter()
     for node in list(gm.graph.nodes):
         norm = rms_norm_of(node)
-        if norm is None:
+        if norm is None or not node.users:
             continue
         products = list(_products(node, () if norm.weight is None else (norm.weight,)))
         mapping = all(p is not None and p.node.target is _MAPPING for p in products)
         if not (mapping or context.options.defer_norms):
             continue
-        obstacle = _obstacle(products)
+        obstacle = _obstacle(norm, products, overwritten)
         if obstacle is None:
             _defer(node, norm, [p for p in products if p is not None])
         done[f"of {'mappings' if mapping else 'norms'} {obstacle or 'deferred'}"] += 1
@@ -108,15 +115,23 @@ def _scale(node: fx.Node, value: fx.Node) -> fx.Node | None:
     return other if is_row else None
 
 
-def _obstacle(products: list[_Product | None]) -> str | None:
+def _obstacle(
+    norm: RMSNorm, products: list[_Product | None], overwritten: frozenset[fx.Node]
+) -> str | None:
     """Why a norm with these readers stays; None if nothing is in the way."""
-    if not products or None in products:
+    found = [p for p in products if p is not None]
+    if len(found) < len(products):
         return "kept: not only matmuls read them"
-    dtypes = {(dtype_of(p.left), dtype_of(p.node)) for p in products if p is not None}
-    if torch.float16 in {dtype for pair in dtypes for dtype in pair}:
-        return "kept: float16 products could overflow before the division"
+    if not overwritten.isdisjoint([norm.x, *(scale for p in found for scale in p.scales)]):
+        return "kept: what they read is written in place, perhaps before the products read it"
+    dtypes = {(dtype_of(p.left), dtype_of(p.node)) for p in found}
     if any(before != after for before, after in dtypes):
         return "kept: autocast computes their products in another dtype"
+    narrow = {torch.float16}
+    if dtype_of(norm.x) is torch.float64:
+        narrow |= {torch.bfloat16, torch.float32}
+    if too_narrow := sorted(str(after) for _, after in dtypes if after in narrow):
+        return f"kept: {too_narrow[0]} products could overflow before the division"
     return None
 
 

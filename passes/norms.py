@@ -46,7 +46,8 @@ def rms_norm_of(node: fx.Node) -> RMSNorm | None:
         return None
     value = value_of(x)
     assert isinstance(value, torch.Tensor)
-    eps = torch.finfo(value.dtype).eps if eps is None else eps
+    computed_in = torch.promote_types(value.dtype, torch.float32)
+    eps = torch.finfo(computed_in).eps if eps is None else eps
     return RMSNorm(x, given.get("weight"), float(eps)) if isinstance(eps, (int, float)) else None
 
 
@@ -56,7 +57,7 @@ def root_mean_square(node: fx.Node) -> tuple[fx.Node, float, bool] | None:
     The result has size 1 in the last axis; all its steps have one dtype.
     """
     for inverse in (True, False):
-        found = _mean_square(_root_argument(node, inverse=inverse))
+        found = _mean_square(_root_argument(_without_idle_casts(node), inverse=inverse))
         if found is not None:
             x, eps, mean = found
             return (x, eps, inverse) if _dtype(mean) == _dtype(node) else None
@@ -73,7 +74,7 @@ def spelled_out_rms_norm(node: fx.Node) -> tuple[fx.Node, float] | None:
     for x, factor in pairs:
         if not (is_float_tensor(x) and isinstance(factor, fx.Node) and same_shape(x, node)):
             continue
-        found = _mean_square(_root_argument(factor, inverse=multiplies))
+        found = _mean_square(_root_argument(_without_idle_casts(factor), inverse=multiplies))
         if found is None:
             continue
         base, eps, mean = found
@@ -136,6 +137,17 @@ def _square_argument(node: fx.Node) -> fx.Node | None:
     if name in ("mul", "multiply") and len(args) == 2 and args[0] is args[1]:
         return args[0]  # type: ignore[return-value]
     return None
+
+
+def _without_idle_casts(node: fx.Node) -> fx.Node:
+    """The node behind casts to the dtype that it has already."""
+    while kind_of(node) is Kind.CAST and is_float_tensor(node.args[0]):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if _dtype(source) != _dtype(node):
+            break
+        node = source
+    return node
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
