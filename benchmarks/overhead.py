@@ -32,14 +32,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpt import GPT, V4GPT, VOCAB, LucidrainsGPT, llama
+from gpt import GPT, V4GPT, VOCAB, WIDTH, LucidrainsGPT, llama
 from machine import ALLOCATORS, machine
 from torch import Tensor, nn
 
 import mhc_compile
+from mhc_compile.kernels.traffic import OPERATORS, traffic
 
 ROOT = Path(__file__).resolve().parent.parent
-PASSES = ("fuse_coefficients", "fuse_seams")
+PASSES = ("defer_norm", "fuse_coefficients", "fuse_seams")
 TOKENS = 1024
 SETTINGS = {
     "gpt-n4": ("gpt", 4),
@@ -99,6 +100,8 @@ def measure(setting: str, repeats: int) -> dict[str, Any]:
             steps[name] = _step(module, ids)
             steps[name]()  # from the cache that the process has left
             rows[name] |= {"kept_MiB": _kept(module, ids) / 2**20}
+            requested = _requested(compiled, SETTINGS[setting][1])
+            rows[name] |= {"requested_MiB": requested and requested / 2**20}
         for name, seconds in _in_turn(steps, repeats).items():
             rows[name]["step_ms"] = 1e3 * statistics.median(seconds)
     return rows
@@ -162,14 +165,17 @@ def _operators(name: str, module: nn.Module) -> dict[str, Any]:
     if not name.startswith(OURS):
         return {}
     history = mhc_compile.graphs(module)[-1].history
-    last = {entry.graph: entry.code for entry in history}
-    return {
-        kind: Counter(
-            part.split(".", 1)[0].split("(", 1)[0]
-            for part in last.get(kind, "").split("torch.ops.mhc.")[1:]
-        )
-        for kind in ("forward", "backward")
-    }
+    last = {entry.graph: entry.operators for entry in history}
+    return {kind: Counter(last.get(kind, [])) for kind in ("forward", "backward")}
+
+
+def _requested(row: dict[str, Any], n: int) -> int | None:
+    """Bytes of streams that a step's operators ask for, by the table of `kernels/traffic.py`."""
+    counts = Counter(row.get("forward", {})) + Counter(row.get("backward", {}))
+    if not counts or not set(counts) <= set(OPERATORS):
+        return None  # the open form: Inductor decides
+    shape = {"T": TOKENS, "n": n, "C": WIDTH, "dtype": torch.float32}
+    return sum(count * traffic(name, **shape).requested for name, count in counts.items())
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -184,15 +190,17 @@ def document(results: dict[str, Any]) -> str:
         "contestant",
         "compiled; a step is forward and backward; medians of "
         f"{results['repeats']} repeats in which all take turns.",
-        "Recomputation is off. Compile time is that of the first step, with empty caches.",
+        "Recomputation is off. Compile time is that of the first step, with empty caches. "
+        "Streams: bytes of",
+        "streams that the operators of a step ask for, where these are ours.",
         f"Measured on {where['processor']} ({where['instructions']}), {where['cores']} cores, "
         f"torch {where['torch']}, Python {where['python']}.",
     ]
     for setting, rows in results["settings"].items():
         model, n = SETTINGS[setting]
         lines += ["", f"## {model.capitalize() if model == 'llama' else 'GPT'}, n = {n}", ""]
-        lines += ["| | step (ms) | against plain | compile (s) | against plain | kept (MiB) |"]
-        lines += ["|---|---:|---:|---:|---:|---:|"]
+        heads = ("step (ms)", "against plain", "compile (s)", "against plain", "kept (MiB)")
+        lines += [f"| | {' | '.join(heads)} | streams (MiB) |", f"|---|{'---:|' * 6}"]
         lines += [_row(name, row, rows[PLAIN]) for name, row in rows.items()]
         lines += ["", *_operator_lines(rows[OURS])]
     return "\n".join([*lines, ""])
@@ -200,13 +208,14 @@ def document(results: dict[str, Any]) -> str:
 
 def _row(name: str, row: dict[str, Any], plain: dict[str, Any]) -> str:
     if "error" in row:
-        return f"| {name} | {row['error']} | | | | |"
+        return f"| {name} | {row['error']} | | | | | |"
     cells = [
         f"{row['step_ms']:.1f}",
         f"{row['step_ms'] / plain['step_ms']:.2f}",
         f"{row['compile_s']:.1f}",
         f"{row['compile_s'] / plain['compile_s']:.2f}",
         f"{row['kept_MiB']:.0f}",
+        f"{row['requested_MiB']:.0f}" if row["requested_MiB"] else "",
     ]
     return f"| {name} | {' | '.join(cells)} |"
 

@@ -10,10 +10,14 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, eager
+from . import codegen_cpp, cpu, eager
+from .dtypes import compute_dtype
 from .variants import Variant
 
-__all__ = ["implementation"]
+__all__ = ["NAMES", "implementation", "sources"]
+
+NAMES = {cpu: "C++", eager: "PyTorch"}
+"""What an implementation is written in."""
 
 
 def implementation(
@@ -27,3 +31,10 @@ def implementation(
     if device.type == "cpu" and cpu.supports(dtype, n, variant):
         return cpu
     return eager
+
+
+def sources(kernels: ModuleType, dtype: torch.dtype, n: int, variant: Variant) -> dict[str, str]:
+    """The text that an implementation generates for the coefficients of a variant, by language."""
+    if kernels is cpu:
+        return {"C++": codegen_cpp.chain_source(variant, n, compute_dtype(dtype))}
+    return {}

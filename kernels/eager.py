@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .dtypes import compute_dtype
 from .ops import sinkhorn_knopp_backward
 from .variants import Gate, Variant
 
@@ -173,13 +174,12 @@ def expand(x: Tensor, n: int) -> Tensor:
 
 def readout(X: Tensor, kind: str) -> Tensor:
     """The `mean` or `sum` of the streams, `[T, C]`."""
-    exact = _exact_dtype(X.dtype)
-    return reference.readout(X, kind, dtype=X.dtype, compute_dtype=exact)
+    return reference.readout(X, kind, dtype=X.dtype, compute_dtype=compute_dtype(X.dtype))
 
 
 def readout_backward(dx: Tensor, n: int, kind: str) -> Tensor:
     """dX `[T, n, C]`."""
-    scaled = (dx.to(_exact_dtype(dx.dtype)) / n).to(dx.dtype) if kind == "mean" else dx
+    scaled = (dx.to(compute_dtype(dx.dtype)) / n).to(dx.dtype) if kind == "mean" else dx
     return reference.expand(scaled, n)
 
 
@@ -208,10 +208,6 @@ def head_backward(
     d = _gate_backward(dH + dweights, alpha * normed + bias, Gate("sigmoid"))
     more, dphi = _project_backward(d * alpha, X, phi, y, inv_r)
     return dX.add_(more).to(X.dtype), dphi, (d * normed).sum().reshape(1), d.sum(0)
-
-
-def _exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _project(X: Tensor, phi: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import eager
+from .dtypes import compute_dtype
 from .site_ops import Call, empty_like, refuse_double_backward, weights, without_autocast
 
 KINDS = ("mean", "sum")
@@ -39,9 +40,11 @@ def _keep_width(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
     ctx.dtype = inputs[0].dtype
 
 
-expand.register_autograd(
-    lambda ctx, dX: (readout(dX, "sum", ctx.dtype), None), setup_context=_keep_width
-)
+def _expand_formula(ctx: Any, dX: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.mhc.readout.default(dX, "sum", ctx.dtype), None
+
+
+expand.register_autograd(_expand_formula, setup_context=_keep_width)
 
 
 # --- n streams to one by their mean or sum --------------------------------------------------------
@@ -170,14 +173,12 @@ def head_backward(
         found: the weights that forward has returned.
     """
     call = Call(X, phi, dx.dtype)
-    dX, *rest = eager.head_backward(
-        call.branch(dx),
-        *call.flat(dweights),
-        call.streams(X),
-        *weights(phi, alpha, bias),
-        *call.flat(found, y, inv_r),
+    dH, H, y, inv_r = call.flat(dweights, found, y, inv_r)
+    phi, alpha, bias = weights(phi, alpha, bias)
+    dX, dphi, dalpha, dbias = eager.head_backward(
+        call.branch(dx), dH, call.streams(X), phi, alpha, bias, H, y, inv_r
     )
-    return call.shaped(dX, X.dtype), *rest  # type: ignore[return-value]
+    return call.shaped(dX, X.dtype), dphi, dalpha, dbias
 
 
 @head_backward.register_fake
@@ -224,7 +225,7 @@ def _fake_streams(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
 
 def _exact(x: Tensor) -> Tensor:
     """What stands for coefficients where there are none: their dtype."""
-    return x.new_empty(0, dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+    return x.new_empty(0, dtype=compute_dtype(x.dtype))
 
 
 def _check_kind(kind: str) -> None:

@@ -13,6 +13,7 @@ from . import _torch
 from .connection import StreamParameters
 from .passes.context import Context
 from .passes.errors import NotCapturedError, NotTransformedError
+from .passes.lower import emitted
 from .passes.runner import HistoryEntry
 from .passes.sites import Site
 
@@ -36,6 +37,11 @@ class RewrittenGraph:
     after: fx.GraphModule
     history: Sequence[HistoryEntry] = field(repr=False)
     sites: Sequence[Site] = field(repr=False)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The generated kernels of this graph, C++ or Triton; keys say of what and for what."""
+        return emitted(self.after)
 
 
 # Keyed by the parameters that a graph takes as inputs: it lives as long as they do.
