@@ -25,6 +25,7 @@ from torch._functorch.partitioners import default_partition
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch._inductor import custom_graph_pass, list_mode_options
 from torch._inductor.compile_fx import compile_fx
+from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -66,6 +67,7 @@ __all__ = [
     "partition_eagerly",
     "pytree",
     "register_effectful",
+    "trace_artifact",
     "user_frame",
     "uuid_of",
 ]
@@ -245,6 +247,13 @@ def call_graph_pass(graph_pass: Any, graph: fx.Graph, is_inference: bool) -> Non
         graph_pass(graph, is_inference)
     else:
         graph_pass(graph)
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Put a text into the structured trace (``TORCH_TRACE``), of which tlparse makes pages."""
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text
+    )
 
 
 def uuid_of(graph_pass: Any) -> Any:

@@ -117,6 +117,7 @@ def _compile(
     work, entries = run_pipeline(
         work, context, _with_collection(PIPELINE), disabled=declared.disabled
     )
+    history.trace(entries)
     _erase_declarations(work)
     _require_synchronisation(work, context, example_inputs)
     runner = lower(work, example_inputs, Run(declared, entries))

@@ -17,7 +17,7 @@ from .passes.lower import emitted
 from .passes.runner import HistoryEntry
 from .passes.sites import Site
 
-__all__ = ["RewrittenGraph", "graphs", "record"]
+__all__ = ["RewrittenGraph", "graphs", "record", "trace"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,14 @@ def record(
             value = values[parameter.name]
             if isinstance(value, Tensor):
                 _graphs.setdefault(value, {})[number] = graph
+
+
+def trace(entries: Sequence[HistoryEntry]) -> None:
+    """Put every version of a graph that differs from the one before into PyTorch's trace."""
+    for number, entry in enumerate(entries):
+        if entry.changed:
+            name = f"mhc_compile_{entry.graph}_{number}_{entry.name}"
+            _torch.trace_artifact(name, entry.__str__)
 
 
 def graphs(model: nn.Module) -> list[RewrittenGraph]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from . import _torch
+from . import _torch, history
 from .config import Config
 from .passes.context import Context
 from .passes.pipeline import PARTITIONED
@@ -29,12 +29,12 @@ class PartitionedPasses(_torch.InferenceAwareGraphPass):
 
     Args:
         config: with which the captured graph was rewritten; part of the key.
-        history: is extended by the entries of each graph.
+        entries: the history, extended by what becomes of each graph.
         after: passes that the user has set for the same place; they see the rewritten graph.
     """
 
-    def __init__(self, config: Config, history: list[HistoryEntry], after: Any = None) -> None:
-        self._config, self._history = config, history
+    def __init__(self, config: Config, entries: list[HistoryEntry], after: Any = None) -> None:
+        self._config, self._entries = config, entries
         self._after = _torch.graph_passes(after)
         self._is_called = False
 
@@ -42,7 +42,7 @@ class PartitionedPasses(_torch.InferenceAwareGraphPass):
         """Say in the history that Inductor has called no pass, if that is so."""
         if not self._is_called:
             why = "the forward and backward come from Inductor's cache, rewritten before"
-            self._history.append(HistoryEntry("cache", 0.0, (why,), False, graph="forward"))
+            self._entries.append(HistoryEntry("cache", 0.0, (why,), False, graph="forward"))
 
     def __call__(self, graph: fx.Graph, is_inference: bool = False) -> None:
         self._is_called = True
@@ -56,14 +56,15 @@ class PartitionedPasses(_torch.InferenceAwareGraphPass):
         assert gm is not None
         gm.recompile()  # Inductor may have changed the graph since its code was last written
         kind = "backward" if _torch.is_backward(graph) else "forward"
-        _, entries = run_pipeline(
+        _, done = run_pipeline(
             gm,
             Context(options_of(self._config)),
             PARTITIONED,
             disabled=self._config.disabled,
             graph="inference" if is_inference else kind,
         )
-        self._history.extend(entries)
+        history.trace(done)
+        self._entries.extend(done)
 
     def uuid(self) -> str | None:
         """Sources, options and the user's passes; None, which means no caching, if one has none."""

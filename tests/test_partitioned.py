@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -73,8 +76,10 @@ APART = {
 }
 
 
-def test_two_configurations_in_one_process_with_caches_on() -> None:
+def test_two_configurations_in_one_process_with_caches_on(monkeypatch: Any) -> None:
     """Each has its own compiled graphs; the second run of the first one takes them from a cache."""
+    traced: list[str] = []
+    monkeypatch.setattr(_torch, "trace_artifact", lambda name, text: traced.append(name))
     chain = Chain(layers=2)
     leaves = chain.leaves()
     expected = run(chain, leaves)
@@ -94,6 +99,8 @@ def test_two_configurations_in_one_process_with_caches_on() -> None:
     function, history = compiled(chain, ON, user)
     again = run(function, leaves)
     assert [e.name for e in history] == ["cache"] and not user.seen
+    seams = [f"mhc_compile_{kind}_1_fuse_seams" for kind in ("forward", "backward")]
+    assert [name for name in traced if "seams" in name] == seams
     assert all(error(a, b) < 1e-5 for a, b in zip(again, expected, strict=True))
 
 
@@ -147,3 +154,18 @@ def test_the_users_own_pass_is_kept(monkeypatch: Any) -> None:
         model(ids())
     assert mine.seen == [(True, [])]
     assert mhc_compile.graphs(model)
+
+
+def test_what_the_passes_do_is_logged_and_traced(tmp_path: Any) -> None:
+    """TORCH_LOGS prints it; TORCH_TRACE keeps every version of every graph."""
+    script = "from tests.models import ids, pair; pair()[1](ids())"
+    environment = os.environ | {"TORCH_LOGS": "+mhc_compile", "TORCH_TRACE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "] widen: " in done.stderr and "torch.ops.mhc.coefficients" in done.stderr
+    (file,) = tmp_path.iterdir()
+    trace = file.read_text(encoding="utf-8")
+    for name in ("0_capture", "3_widen", "5_fuse_coefficients"):
+        assert f'"name": "mhc_compile_captured_{name}"' in trace
+    assert "torch.ops.mhc.coefficients" in trace
