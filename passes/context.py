@@ -11,7 +11,7 @@ from torch import fx
 from ..kernels.variants import Variant
 
 if TYPE_CHECKING:
-    from .sites import Detection
+    from .sites import Detection, Rejected, Site
 
 __all__ = ["Context", "Declaration", "Options", "PassResult"]
 
@@ -74,6 +74,7 @@ class Context:
             in this graph.
         broken_at: where and why the capture of this graph ended early, if it did.
         detection: the result of ``detect``.
+        own: the hyper-connections that the model was written with, recognised or not.
     """
 
     options: Options
@@ -83,6 +84,7 @@ class Context:
     homes: frozenset[int] = frozenset()
     broken_at: str | None = None
     detection: Detection | None = None
+    own: list[Site | Rejected] = field(default_factory=list)
 
 
 @dataclass

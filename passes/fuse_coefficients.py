@@ -18,9 +18,8 @@ sums over streams accumulate in that dtype: a group that rounds in between is le
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -29,44 +28,38 @@ import torch
 from torch import Tensor, fx
 
 from ..kernels import reference, site_ops  # noqa: F401  (registers the operators)
-from ..kernels.variants import Variant
 from .context import Context, PassResult
 from .dataflow import erase_dead_code, unread
 from .fake import Writer
-from .identify import Refused, Roles, oracle_of, residuals
+from .identify import Refused
+from .mapping import Mapping, Reading, mappings, read, require_one_precision, require_one_tag
 from .match import Region, close, evaluate_down, grow, random, strip_casts, way_up
-from .norms import rms_norm_of, root_mean_square
-from .operators import (
-    Kind,
-    dtype_of,
-    is_float_tensor,
-    kind_of,
-    op_name,
-    shape_of,
-    value_of,
-)
-from .sites import location_of, stack_of
+from .operators import Kind, dtype_of, is_float_tensor, kind_of, op_name, shape_of
+from .sites import Reason, Rejected, Site, location_of, stack_of
 from .token_rules import TOKENS, Known, Value, same_sizes
 
 __all__ = ["fuse_coefficients"]
 
-_NEARBY = 60
+_NEARBY = 150
 """Nodes between coefficients and the streams they are applied to; a bound on the search."""
+
+_PRE, _POST, _RES = range(3)
 
 
 def fuse_coefficients(gm: fx.GraphModule, context: Context) -> PassResult:
     """Fuse every mapping that is one, then what its coefficients are applied to."""
     effects = unread(gm.graph)
     report = _Report()
-    fused = [_fuse_mapping(m, report) for m in _mappings(gm.graph)]
+    fused = [_fuse_mapping(m, report) for m in mappings(gm.graph)]
     found = [f for f in fused if f is not None]
     if found:
         erase_dead_code(gm.graph, keep=effects)
-    for coefficients in found:
-        _fuse_pre(coefficients, report)
-        _fuse_post_res(coefficients, report)
+    for site in found:
+        _fuse_pre(site, report)
+        _fuse_post_res(site, report)
     if found:
         erase_dead_code(gm.graph, keep=effects)
+    context.own += [*_own_sites(found), *report.refused]
     return PassResult(gm, changed=bool(found), notes=report.notes())
 
 
@@ -76,14 +69,17 @@ class _Report:
 
     made: dict[str, int] = field(default_factory=dict)
     left: dict[str, list[str]] = field(default_factory=dict)
+    refused: list[Rejected] = field(default_factory=list)
 
     def add(self, operator_name: str) -> None:
         self.made[operator_name] = self.made.get(operator_name, 0) + 1
 
-    def refuse(self, what: str, reason: object, node: fx.Node) -> None:
-        stack = stack_of(node)
+    def refuse(self, what: str, reason: object, node: fx.Node) -> str:
+        """Note what is left open, and why; returns that without its place."""
+        stack, note = stack_of(node), f"{what} left open: {reason}"
         place = " ".join(p for p in (stack[-1][1] if stack else "", location_of(node)) if p)
-        self.left.setdefault(f"{what} left open: {reason}", []).append(place or node.name)
+        self.left.setdefault(note, []).append(place or node.name)
+        return note
 
     def notes(self) -> list[str]:
         made = [f"{count} x mhc.{name}" for name, count in self.made.items()]
@@ -93,202 +89,81 @@ class _Report:
         ]
 
 
-# --- the projection -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Mapping:
-    """A product of flattened streams with a φ that has as many columns as some variant.
-
-    Attributes:
-        y: the product, ``[..., columns]``.
-        flat: x⃗ ``[..., nC]``, cast to the dtype of the coefficients.
-        X: the streams that it shows, ``[..., n, C]``.
-        phi: the other factor; ``by_rows`` if it is ``[columns, nC]``, as ``linear`` takes it.
-        weight: that the norm multiplies x⃗ with, if any.
-        eps: of the norm in front of the product; None if the norm was deferred.
-    """
-
-    y: fx.Node
-    flat: fx.Node
-    X: fx.Node
-    phi: fx.Node
-    by_rows: bool
-    weight: fx.Node | None
-    eps: float | None
-
-    @property
-    def n(self) -> int:
-        return int(shape_of(self.X)[-2])  # type: ignore[call-overload]
-
-    @property
-    def columns(self) -> int:
-        return int(shape_of(self.y)[-1])  # type: ignore[call-overload]
-
-
-def _mappings(graph: fx.Graph) -> Iterator[_Mapping]:
-    for node in list(graph.nodes):
-        mapping = _mapping(node)
-        if mapping is not None and residuals(mapping.n, mapping.columns - 2 * mapping.n):
-            yield mapping
-
-
-def _mapping(y: fx.Node) -> _Mapping | None:
-    name = op_name(y)
-    if name not in ("matmul", "mm", "linear") or len(y.args) != 2 or y.kwargs:
-        return None
-    left, phi = y.args
-    if not (is_float_tensor(left) and is_float_tensor(phi) and is_float_tensor(y)):
-        return None
-    assert isinstance(left, fx.Node) and isinstance(phi, fx.Node)
-    if len(shape_of(phi)) != 2 or not all(type(size) is int for size in shape_of(phi)):
-        return None
-    norm = rms_norm_of(strip_casts(left))
-    flat = left if norm is None else norm.x
-    X = _streams_of(flat)
-    if X is None:
-        return None
-    weight, eps = (None, None) if norm is None else (norm.weight, norm.eps)
-    return _Mapping(y, flat, X, phi, name == "linear", weight, eps)
-
-
-def _streams_of(flat: fx.Node) -> fx.Node | None:
-    """X ``[..., n, C]`` of x⃗ = flatten(X), whatever it is cast to in between."""
-    view = flat
-    while kind_of(view) is Kind.CAST and is_float_tensor(view.args[0]):
-        view = view.args[0]  # type: ignore[assignment]
-    if op_name(view) not in ("flatten", "view", "reshape") or not is_float_tensor(view.args[0]):
-        return None
-    source: Any = view.args[0]
-    tail, width = shape_of(source)[-2:], shape_of(view)[-1]
-    if len(tail) < 2 or any(type(size) is not int for size in (*tail, width)):
-        return None
-    return strip_casts(source) if math.prod(tail) == width and tail[0] > 1 else None  # type: ignore
-
-
 # --- from the projection to the coefficients ------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Coefficients:
-    """The coefficients of a site as the graph has them now."""
+    """The coefficients of a site as the graph has them now.
+
+    Attributes:
+        mixed: whether H_res stands in the graph; where it does not, it is I.
+        X: what the site makes of its streams, if that was found; f: of which output of a branch.
+        remarks: what was left open behind the coefficients.
+    """
 
     H_pre: fx.Node
     H_post: fx.Node
     H_res: fx.Node
+    reading: Reading
+    mixed: bool
+    X: fx.Node | None = None
+    f: fx.Node | None = None
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def operator(self) -> fx.Node:
+        """The call of ``mhc::coefficients``."""
+        return self.H_res.args[0]  # type: ignore[return-value]
 
     @property
     def width(self) -> int:
         """C."""
-        X: Any = self.H_res.args[0].args[0]  # type: ignore[union-attr]
+        X: Any = self.operator.args[0]
         return shape_of(X)[-1]  # type: ignore[return-value]
 
 
-def _fuse_mapping(mapping: _Mapping, report: _Report) -> _Coefficients | None:
+def _fuse_mapping(mapping: Mapping, report: _Report) -> _Coefficients | None:
     try:
-        return _Mapper(mapping).fuse(report)
-    except Refused as reason:
-        report.refuse("mapping", reason, mapping.y)
+        reading = read(mapping)
+    except Refused as refused:
+        report.refuse("mapping", refused, mapping.y)
+        if _is_own(mapping):
+            own = Rejected(mapping.y, refused.reason, detail=str(refused), width=mapping.width)
+            own.owner, own.branch_name = _place(mapping)
+            own.location = location_of(mapping.y)
+            report.refused.append(own)
         return None
+    if reading is None:
+        return None
+    report.add(f"coefficients {reading.variant.text}")
+    return _write(reading)
 
 
-class _Mapper:
-    """The region behind one projection: what it computes, and its replacement."""
-
-    def __init__(self, mapping: _Mapping) -> None:
-        self.mapping = mapping
-        self.eps = mapping.eps
-        self.lead = len(shape_of(mapping.y)) - 1
-        self.parameters: dict[int, fx.Node] = {}  # by their number of elements: α and b
-        self.oracle = oracle_of(mapping.n, mapping.columns)
-        self.dtype = dtype_of(mapping.y)
-
-    def fuse(self, report: _Report) -> _Coefficients | None:
-        y = self.oracle.y if self.eps is None else self.oracle.mapped
-        region = grow({self.mapping.y: Value(y, self.lead)}, self._bind)
-        if not any(self._is_small(region.known[member]) for member in region.members):
-            return None  # some other product of the user's with as many columns
-        if self.eps is None:
-            raise Refused("it is not divided by the rms of the flattened streams")
-        self._require_dtypes()
-        if region.written:
-            raise Refused("some of its values are written in place")
-        roles = Roles(region, self.oracle, shape_of(self.mapping.y)[:-1])
-        variant = roles.variant()
-        self._require_uniform(region, roles)
-        report.add(f"coefficients {variant.text}")
-        return self._write(variant, roles)
-
-    def _is_small(self, value: Any) -> bool:
-        """Whether a value has the shape of coefficients."""
-        n = self.mapping.n
-        return isinstance(value, Value) and value.tail in ((n,), (n, n))
-
-    def _require_dtypes(self) -> None:
-        if kind_of(strip_casts(self.mapping.flat)) is Kind.CAST:
-            raise Refused(f"its {dtype_of(self.mapping.X)} streams are rounded in front of it")
-        exact = torch.float64 if dtype_of(self.mapping.X) is torch.float64 else self.dtype
-        given = {dtype_of(n) for n in (self.mapping.y, self.mapping.flat, self.mapping.phi)}
-        if given != {exact} or exact not in (torch.float32, torch.float64):
-            names = ", ".join(sorted(str(d).removeprefix("torch.") for d in given))
-            raise Refused(f"computed in {names} from {dtype_of(self.mapping.X)} streams")
-
-    def _bind(self, operand: fx.Node, known: Known) -> None:
-        """Give α, b, and the rms of x⃗ their values."""
-        if self.mapping.eps is None:
-            rms = root_mean_square(operand)
-            if rms is not None and strip_casts(rms[0]) is strip_casts(self.mapping.flat):
-                self.eps = rms[1]
-                inv_r = self.oracle.inv_r
-                known[operand] = Value(inv_r if rms[2] else 1 / inv_r, self.lead)
-                return
-        way = way_up(operand)
-        data = self.oracle.parameter(shape_of(way[-1]))
-        if data is not None and self.parameters.setdefault(data.numel(), way[-1]) is way[-1]:
-            known[way[-1]] = Value(data.unsqueeze(0), 0)
-            evaluate_down(way, known)
-
-    def _require_uniform(self, region: Region, roles: Roles) -> None:
-        used = {n for role in roles.chosen for n in region.above(role)} | {self.mapping.y}
-        _require_one_precision(sorted(used - set(roles.chosen)), self.dtype)
-        _require_one_tag(used)
-
-    def _write(self, variant: Variant, roles: Roles) -> _Coefficients:
-        m = self.mapping
-        alpha, bias = self.parameters[3], self.parameters[m.columns]
-        write = Writer(max(m.y, alpha, bias), m.y)  # all coefficients are computed from these three
-        X = m.X
-        if not same_sizes(shape_of(X)[:-2], shape_of(m.y)[:-1]):
-            X = write.call("unflatten", strip_casts(m.flat), -1, (m.n, shape_of(X)[-1]))
-        phi = write.call("t", m.phi) if m.by_rows else m.phi
-        if m.weight is not None:
-            scale = write.call("unsqueeze", write.cast(m.weight, self.dtype), -1)
-            phi = write.call(operator.mul, phi, scale)
-        alpha, bias = write.cast(alpha, self.dtype), write.cast(bias, self.dtype)
-        target = torch.ops.mhc.coefficients.default
-        made = write.call(target, X, phi, alpha, bias, variant.text, self.eps, name="coefficients")
-        names = ("H_pre", "H_post", "H_res")
-        H = [write.call(operator.getitem, made, i, name=name) for i, name in enumerate(names)]
-        for node, (role, flipped) in roles.chosen.items():
-            new = H[role]
-            if flipped:
-                new = write.call("transpose", new, -1, -2)
-            node.replace_all_uses_with(write.cast(new, dtype_of(node)))
-        return _Coefficients(*H)
-
-
-def _require_one_precision(nodes: Iterable[fx.Node], dtype: torch.dtype) -> None:
-    for node in nodes:
-        values = value_of(node)
-        for value in values if isinstance(values, (tuple, list)) else [values]:
-            if isinstance(value, Tensor) and value.dtype != dtype:
-                raise Refused(f"{node.name} is rounded to {value.dtype}, not {dtype}")
-
-
-def _require_one_tag(nodes: Iterable[fx.Node]) -> None:
-    tags = {(n.meta.get("ac_graph_id"), n.meta.get("recompute")) for n in nodes}
-    if len(tags) > 1:
-        raise Refused("its nodes belong to different checkpointed regions")
+def _write(reading: Reading) -> _Coefficients:
+    m, variant, given = reading.mapping, reading.variant, reading.parameters
+    dtype = dtype_of(m.y)
+    write = Writer(max(m.y, *given.nodes), m.y)  # all coefficients are computed from these
+    X = m.X
+    if not same_sizes(shape_of(X)[:-2], shape_of(m.y)[:-1]):
+        X = write.call("unflatten", strip_casts(m.flat), -1, (m.n, shape_of(X)[-1]))
+    phi = write.call("t", m.phi) if m.by_rows else m.phi
+    if m.weight is not None:
+        scale = write.call("unsqueeze", write.cast(m.weight, dtype), -1)
+        phi = write.call(operator.mul, phi, scale)
+    alpha = given.write_alpha(write, phi, dtype)
+    bias = given.write_bias(write, phi, dtype, variant.columns(m.n))
+    target = torch.ops.mhc.coefficients.default
+    made = write.call(target, X, phi, alpha, bias, variant.text, reading.eps, name="coefficients")
+    names = ("H_pre", "H_post", "H_res")
+    H = [write.call(operator.getitem, made, i, name=name) for i, name in enumerate(names)]
+    for node, (role, flipped) in reading.chosen.items():
+        new = H[role]
+        if flipped:
+            new = write.call("transpose", new, -1, -2)
+        node.replace_all_uses_with(write.cast(new, dtype_of(node)))
+    mixed = any(role == _RES for role, _ in reading.chosen.values())
+    return _Coefficients(H[_PRE], H[_POST], H[_RES], reading, mixed)
 
 
 # --- what coefficients are applied to -------------------------------------------------------------
@@ -296,9 +171,9 @@ def _require_one_tag(nodes: Iterable[fx.Node]) -> None:
 
 def _fuse_pre(site: _Coefficients, report: _Report) -> None:
     products = _Products([site.H_pre], site.width)
-    X, H_pre = products.operand(products.n, products.width), products.operand(products.n)
-    wanted = (H_pre.unsqueeze(1) @ X).squeeze(1)
-    for end, write, (H_pre_node, X_node) in products.find(wanted, "H_pre X", report):
+    X, (H_pre,) = products.X, products.coefficients
+    wanted = [(H_pre.unsqueeze(1) @ X).squeeze(1)]
+    for end, write, (H_pre_node, X_node), _ in products.find(wanted, "H_pre X", site, report):
         dtype = dtype_of(end)
         h = write.call(torch.ops.mhc.pre.default, H_pre_node, X_node, dtype, name="h")
         end.replace_all_uses_with(h)
@@ -306,70 +181,86 @@ def _fuse_pre(site: _Coefficients, report: _Report) -> None:
 
 
 def _fuse_post_res(site: _Coefficients, report: _Report) -> None:
-    products = _Products([site.H_res, site.H_post], site.width)
-    n, width = products.n, products.width
-    H_res, H_post = products.operand(n, n), products.operand(n)
-    X, f = products.operand(n, width), products.operand(width)
-    wanted = H_res @ X + H_post.unsqueeze(-1) * f.unsqueeze(1)
-    for end, write, operands in products.find(wanted, "H_res X + H_postᵀ f", report):
-        H_res_node, H_post_node, X_node, f_node = operands
+    coefficients = [site.H_post, site.H_res] if site.mixed else [site.H_post]
+    products = _Products(coefficients, site.width)
+    X, f, (H_post, *H_res) = products.X, products.f, products.coefficients
+    added = H_post.unsqueeze(-1) * f.unsqueeze(1)
+    wanted = [H_res[0] @ X + added, H_res[0].mT @ X + added] if H_res else [X + added]
+    what = "H_res X + H_postᵀ f" if H_res else "X + H_postᵀ f"
+    for end, write, operands, form in products.find(wanted, what, site, report):
+        H_post_node, *H_res_node, X_node, f_node = operands
+        (H,) = H_res_node or (site.H_res,)
+        if form == 1:
+            H = write.call("transpose", H, -1, -2)
         dtype = dtype_of(end)
         if dtype != dtype_of(X_node):  # the operator rounds to X's, which the open form did not
             X_node = write.cast(X_node, products.dtype)
-        target = torch.ops.mhc.post_res.default
-        new = write.call(target, H_res_node, H_post_node, X_node, f_node, name="X")
-        end.replace_all_uses_with(write.cast(new, dtype))
+        new = write.call(torch.ops.mhc.post_res.default, H, H_post_node, X_node, f_node, name="X")
+        site.X, site.f = write.cast(new, dtype), f_node
+        end.replace_all_uses_with(site.X)
         report.add("post_res")
 
 
-_Found = tuple[fx.Node, Writer, list[fx.Node]]
-"""The node to replace, a writer behind it, and the operands of the operator."""
+_Found = tuple[fx.Node, Writer, list[fx.Node], int]
+"""The node to replace, a writer behind it, the operands, and which of the wanted forms it is."""
 
 
 class _Products:
     """What coefficients, streams X and a branch's output f are combined to.
 
     Args:
-        coefficients: the nodes to begin with, H_pre, or H_res and H_post.
+        nodes: the coefficients to begin with, H_pre, or H_post and H_res.
         width: C.
     """
 
-    def __init__(self, coefficients: list[fx.Node], width: int) -> None:
-        self.dtype, shape = dtype_of(coefficients[-1]), shape_of(coefficients[-1])
+    def __init__(self, nodes: Sequence[fx.Node], width: int) -> None:
+        self.dtype, shape = dtype_of(nodes[0]), shape_of(nodes[0])
         self.n, self.width = int(shape[-1]), width  # type: ignore[call-overload]
         lead = len(shape) - 1
         self.seeds: dict[fx.Node, Value] = {
-            node: Value(self.operand(*shape_of(node)[lead:]), lead)  # type: ignore[arg-type]
-            for node in coefficients
+            node: Value(_random_operand(shape_of(node)[lead:], 11 + i), lead)
+            for i, node in enumerate(nodes)
         }
+        self.X = _random_operand((self.n, width), 7)
+        self.f = _random_operand((width,), 6)
         self.others: dict[tuple[int, ...], fx.Node] = {}  # X and f, by the sizes of a token
 
-    @staticmethod
-    def operand(*tail: int) -> Tensor:
-        """What stands for all operands with these sizes behind the leading dimensions."""
-        return _random_operand(tail)
+    @property
+    def coefficients(self) -> list[Tensor]:
+        """What stands for each coefficient."""
+        return [seed.data for seed in self.seeds.values()]
 
-    def find(self, wanted: Tensor, what: str, report: _Report) -> list[_Found]:
-        """The nodes whose value is the one wanted, each with the cast that follows it."""
+    def find(
+        self, wanted: Sequence[Tensor], what: str, site: _Coefficients, report: _Report
+    ) -> list[_Found]:
+        """The nodes whose value is one of those wanted, each with the cast that follows it."""
         region = grow(
-            dict(self.seeds), self._bind, until=lambda v: close(v.data, wanted), most=_NEARBY
-        )
+            dict(self.seeds), self._bind, until=lambda v: self._form(v, wanted) is not None,
+            most=_NEARBY,
+        )  # fmt: skip
         found = []
         for node in region.found:
             try:
-                found.append(self._examined(node, region))
-            except Refused as reason:
-                report.refuse(what, reason, node)
+                form = self._form(region.known[node], wanted)
+                assert form is not None
+                found.append((*self._examined(node, region), form))
+            except Refused as refused:
+                site.remarks.append(report.refuse(what, refused, node))
         if not region.found:
-            report.refuse(what, "not found behind its coefficients", next(iter(self.seeds)))
+            first = next(iter(self.seeds))
+            site.remarks.append(report.refuse(what, "not found behind its coefficients", first))
         return found
 
-    def _examined(self, node: fx.Node, region: Region) -> _Found:
+    @staticmethod
+    def _form(value: Value, wanted: Sequence[Tensor]) -> int | None:
+        return next((i for i, w in enumerate(wanted) if close(value.data, w)), None)
+
+    def _examined(self, node: fx.Node, region: Region) -> tuple[fx.Node, Writer, list[fx.Node]]:
         if region.written:
-            raise Refused("values in between are written in place")
+            raise Refused("values in between are written in place", Reason.OWN_PLACE)
         used, end = region.above(node), self._rounded(node)
-        _require_one_precision(used, self.dtype)
-        _require_one_tag([*used, end])
+        require_one_precision(used, self.dtype)
+        require_one_tag([*used, end])
         write, lead = Writer(end, end), region.known[node].lead
         coefficients = [self._viewed(seed, lead, region, used, write) for seed in self.seeds]
         tails = ((self.n, self.width), (self.width,))
@@ -390,7 +281,9 @@ class _Products:
                 return node
             if len(value.tail) == 2 and torch.equal(value.data.mT, data):
                 return write.call("transpose", node, -1, -2)
-        raise Refused("its coefficients are reshaped in a way that is not known")
+        raise Refused(
+            "its coefficients are reshaped in a way that is not known", Reason.OWN_COEFFICIENTS
+        )
 
     def _rounded(self, node: fx.Node) -> fx.Node:
         """The cast of a result, if nothing else reads it."""
@@ -403,14 +296,14 @@ class _Products:
         plain = op_name(user) == "contiguous" and len(user.args) == 1 and not user.kwargs
         return user if plain and not others else node
 
-    def _bind(self, operand: fx.Node, known: Known) -> None:
+    def _bind(self, operand: fx.Node, known: Known, reader: fx.Node) -> None:
         """Give X and f their values: operands that show ``[..., n, C]`` or ``[..., C]``."""
         leads = {v.lead: shape_of(n)[: v.lead] for n, v in known.items() if isinstance(v, Value)}
         for lead, tokens in leads.items():
             way = way_up(operand, until=lambda n: self._tail(n, lead, tokens) is not None)  # noqa: B023
             tail, source = self._tail(way[-1], lead, tokens), strip_casts(way[-1])
             if tail is not None and self.others.setdefault(tail, source) is source:
-                known[way[-1]] = Value(self.operand(*tail), lead)
+                known[way[-1]] = Value(self.f if len(tail) == 1 else self.X, lead)
                 evaluate_down(way, known)
                 return
 
@@ -422,5 +315,70 @@ class _Products:
 
 
 @cache
-def _random_operand(tail: tuple[int, ...]) -> Tensor:
-    return random(TOKENS, *tail, seed=5 + len(tail))
+def _random_operand(tail: tuple[int, ...], seed: int) -> Tensor:
+    return random(TOKENS, *tail, seed=seed)
+
+
+# --- what was recognised --------------------------------------------------------------------------
+
+
+def _is_own(mapping: Mapping) -> bool:
+    """Whether a mapping was written by hand: `widen` multiplies with ``mhc::matmul``."""
+    return mapping.y.target is not torch.ops.mhc.matmul.default
+
+
+def _place(mapping: Mapping) -> tuple[str, str]:
+    """The module that maps, as the path of its parent and its name there."""
+    stack = stack_of(mapping.y)
+    owner, _, name = (stack[-1][1] if stack else "").rpartition(".")
+    return owner, name or mapping.y.name
+
+
+def _own_sites(found: Sequence[_Coefficients]) -> list[Site]:
+    """The sites that were written by hand, in the order of the graph."""
+    sites: list[Site] = []
+    for made in found:
+        if _is_own(made.reading.mapping):
+            sites.append(_own_site(made, sites))
+    return sites
+
+
+def _own_site(made: _Coefficients, before: Sequence[Site]) -> Site:
+    reading = made.reading
+    X, _, alpha, bias, *_ = made.operator.args
+    assert isinstance(X, fx.Node)
+    node = made.X or made.operator
+    source = way_up(X)[-1]
+    previous = next((s for s in before if s.node is source), None)
+    owner, name = _place(reading.mapping)
+    same = sum(s.owner == owner and s.branch_name.partition(":")[0] == name for s in before)
+    return Site(
+        node=node,
+        x=X,
+        skip=X,
+        skip_path=[],
+        branch=[made.f] if made.f is not None else [],
+        adds=[node],
+        previous=previous,
+        owner=owner,
+        branch_name=f"{name}_{same}" if same else name,
+        channel_in=-1,
+        width=made.width,
+        chain=previous.chain if previous else len({s.chain for s in before}),
+        position=previous.position + 1 if previous else 0,
+        reason="; ".join((f"{reading.variant.text}, n = {reading.mapping.n}", *made.remarks)),
+        location=location_of(node),
+        parameters=_placeholders([reading.mapping.phi, alpha, bias]),
+    )
+
+
+def _placeholders(nodes: Sequence[Any]) -> list[fx.Node]:
+    """The inputs of the graph that parameters show or are put together from."""
+    found: dict[fx.Node, None] = {}
+    pending = list(nodes)
+    while pending:
+        node = pending.pop(0)
+        if node.op == "placeholder":
+            found[node] = None
+        pending += node.all_input_nodes
+    return list(found)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -21,14 +21,19 @@ from torch import Tensor, fx
 from ..kernels import reference
 from ..kernels.variants import MOST_PERMUTED_STREAMS, VARIANTS, Gate, Variant
 from .match import Region, close, is_view, random
-from .operators import holds_tensor, op_name, shape_of
+from .operators import Kind, dtype_of, holds_tensor, is_float_tensor, kind_of, op_name, shape_of
+from .sites import Reason
 from .token_rules import TOKENS, Value, same_sizes
 
-__all__ = ["Oracle", "Refused", "Roles", "oracle_of", "residuals"]
+__all__ = ["Met", "Oracle", "Refused", "Roles", "oracle_of", "residuals"]
 
 
 class Refused(Exception):
-    """Why a group of nodes is left as it is."""
+    """Why a group of nodes is left as it is: what differs, in words, and the kind of difference."""
+
+    def __init__(self, what: str, reason: Reason) -> None:
+        super().__init__(what)
+        self.reason = reason
 
 
 def residuals(n: int, columns: int) -> list[str]:
@@ -41,36 +46,101 @@ def residuals(n: int, columns: int) -> list[str]:
     return [name for name, count in found.items() if count == columns]
 
 
-class Oracle:
-    """One random mapping of n streams, and the coefficients that any variant makes of it."""
+@dataclass(frozen=True)
+class Met:
+    """A value that shows the columns of one part.
 
-    def __init__(self, n: int, columns: int) -> None:
-        self.n, self.columns = n, columns
+    Attributes:
+        part: 0, 1, 2 for pre, post, res.
+        flipped: whether it is ``[n, n]`` and transposed.
+        factor: what H̃ is multiplied with; None if it is not divided by r yet.
+    """
+
+    part: int
+    flipped: bool
+    factor: float | None
+
+
+class Oracle:
+    """One random mapping of n streams, and the coefficients that any variant makes of it.
+
+    Args:
+        n: number of streams.
+        columns: of y.
+        scales: for each part its factor in place of α, None to draw one.
+        biased: for each part whether b is drawn, else it is zero.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        columns: int,
+        scales: tuple[float | None, ...] = (None, None, None),
+        biased: tuple[bool, ...] = (True, True, True),
+    ) -> None:
+        self.n, self.columns, self.sizes = n, columns, (n, n, columns - 2 * n)
         self.y = 2 * random(TOKENS, columns, seed=1)
         self.inv_r = random(TOKENS, 1, seed=2).abs() + 0.5
         self.mapped = self.y * self.inv_r
-        self._parameters = {3: random(3, seed=3), columns: random(columns, seed=4)}
+        self.alpha, self.bias = random(3, seed=3), random(columns, seed=4)
+        for part, columns_of_part in enumerate(self.bias.split(self.sizes)):
+            if (scale := scales[part]) is not None:
+                self.alpha[part] = scale
+            if not biased[part]:
+                columns_of_part.zero_()
         self._found: dict[Variant, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def parameter(self, shape: tuple[object, ...]) -> Tensor | None:
-        """α or b, by the only shape that each of them can have."""
-        size = shape[0] if len(shape) == 1 else None
-        return self._parameters.get(size) if type(size) is int else None
+    def assuming(self, scales: tuple[float | None, ...], biased: tuple[bool, ...]) -> Oracle:
+        """The same mapping with other α and b."""
+        return oracle_of(self.n, self.columns, scales, biased)
+
+    def part_of(self, data: Tensor) -> Met | None:
+        """The part whose columns a value shows, up to one factor."""
+        for base in (self.mapped, self.mapped.tanh(), self.y):
+            for part, columns in enumerate(base.split(self.sizes, dim=-1)):
+                for flipped in (False, True):
+                    factor = _factor(data, self._shown(columns, flipped))
+                    if factor is not None:
+                        return Met(part, flipped, None if base is self.y else factor)
+        return None
+
+    def bias_of(self, met: Met) -> Tensor:
+        """b of a part, in the order of the value that it is added to."""
+        return self._shown(self.bias.split(self.sizes)[met.part], met.flipped).flatten()
+
+    def _shown(self, columns: Tensor, flipped: bool) -> Tensor:
+        """The columns of a part ``[..., size]``; those of a transposed matrix if flipped."""
+        if not flipped or columns.shape[-1] != self.n**2:
+            return columns
+        return columns.unflatten(-1, (self.n, self.n)).mT.flatten(-2)
 
     def coefficients(self, variant: Variant) -> tuple[Tensor, Tensor, Tensor]:
         """H_pre, H_post, H_res."""
         if variant not in self._found:
-            alpha, bias = self._parameters[3], self._parameters[self.columns]
             with torch.no_grad():
                 self._found[variant] = reference.from_projection(
-                    self.mapped, alpha, bias, variant=variant, n=self.n
+                    self.mapped, self.alpha, self.bias, variant=variant, n=self.n
                 )
         return self._found[variant]
 
 
 @cache
-def oracle_of(n: int, columns: int) -> Oracle:
-    return Oracle(n, columns)
+def oracle_of(
+    n: int,
+    columns: int,
+    scales: tuple[float | None, ...] = (None, None, None),
+    biased: tuple[bool, ...] = (True, True, True),
+) -> Oracle:
+    return Oracle(n, columns, scales, biased)
+
+
+def _factor(data: Tensor, columns: Tensor) -> float | None:
+    """c where the data of each token is c times the columns, in their order; None without one."""
+    if len(data) != TOKENS or not columns.numel() or data[0].numel() != columns.shape[-1]:
+        return None
+    ratio = data.reshape(TOKENS, -1) / columns
+    factor = ratio[0, 0]
+    return factor.item() if close(ratio, factor.expand_as(ratio)) else None
 
 
 _PRE, _POST, _RES = range(3)
@@ -81,14 +151,17 @@ class Roles:
     """Which nodes of a region are H_pre, H_post and H_res, and of which variant.
 
     A node that something outside the region reads is one of them, or it does not belong to the
-    region: then its operands are read from outside.
+    region: then its operands are read from outside. A value that is rounded to another dtype holds
+    no coefficient; what it is rounded from may.
 
     Attributes:
         chosen: from a node to the coefficient that it holds, and whether transposed.
     """
 
-    def __init__(self, region: Region, oracle: Oracle, tokens: tuple[object, ...]) -> None:
-        self.region, self.oracle, self.tokens = region, oracle, tokens
+    def __init__(
+        self, region: Region, oracle: Oracle, tokens: tuple[object, ...], dtype: torch.dtype
+    ) -> None:
+        self.region, self.oracle, self.tokens, self.dtype = region, oracle, tokens, dtype
         self.constants = sorted({c for m in region.members for c in _constants(m)})
         names = residuals(oracle.n, oracle.columns - 2 * oracle.n)
         self.residuals = list(self._candidates(names))
@@ -107,14 +180,21 @@ class Roles:
 
     def variant(self) -> Variant:
         """The one description of all three, named after the known variant that is nearest."""
+        if self.residuals[0].residual == "identity" and self.descriptions[_RES] is None:
+            self.descriptions[_RES] = "linear", self.residuals[0]  # X stands for I X
         missing = [p for p, d in zip(_PARTS, self.descriptions, strict=True) if d is None]
         if missing:
-            raise Refused(f"nothing in it is {' or '.join(missing)} of a known variant")
+            raise Refused(
+                f"nothing in it is {' or '.join(missing)} of a known variant",
+                Reason.OWN_COEFFICIENTS,
+            )
         inner = {d[0] for d in self.descriptions}
         if self.descriptions[_RES][1].residual == "identity":
             inner = {d[0] for d in self.descriptions[:_RES]}
         if len(inner) > 1:
-            raise Refused("tanh stands in front of some of its coefficients only")
+            raise Refused(
+                "tanh stands in front of some of its coefficients only", Reason.OWN_COEFFICIENTS
+            )
         (_, pre), (_, post), (_, residual) = self.descriptions
         found = replace(residual, pre=pre, post=post, inner=inner.pop())
         alike = (replace(found, name=name) for name in VARIANTS)
@@ -122,9 +202,9 @@ class Roles:
 
     def _role(self, node: fx.Node) -> tuple[int, Any] | None:
         value, n = self.region.known[node], self.oracle.n
-        if not isinstance(value, Value) or not same_sizes(
-            shape_of(node)[: value.lead], self.tokens
-        ):
+        if not isinstance(value, Value) or dtype_of(node) != self.dtype:
+            return None
+        if not same_sizes(shape_of(node)[: value.lead], self.tokens):
             return None
         if value.tail == (n,):
             return self._gate(value.data)
@@ -217,7 +297,8 @@ class Roles:
         for user in node.users:
             if any(holds_tensor(n) and n not in self.region.known for n in user.all_input_nodes):
                 return True
-            if user in self.region.known and is_view(user) and self._is_applied(user):
+            shows = is_view(user) or (kind_of(user) is Kind.CAST and is_float_tensor(user))
+            if user in self.region.known and shows and self._is_applied(user):
                 return True
         return False
 

@@ -81,7 +81,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 def grow(
     seeds: Known,
-    bind: Callable[[fx.Node, Known], None],
+    bind: Callable[[fx.Node, Known, fx.Node], None],
     *,
     until: Callable[[Value], bool] = lambda value: False,
     most: int = 10_000,
@@ -90,7 +90,7 @@ def grow(
 
     Args:
         seeds: nodes with their values.
-        bind: called for an operand that has no value yet; may give it one.
+        bind: called for an operand that has no value yet, and its reader; may give it one.
         until: whether a value is what was looked for; its readers do not belong to the region.
         most: number of nodes behind which to stop.
     """
@@ -108,7 +108,7 @@ def grow(
             continue
         for operand in node.all_input_nodes:
             if operand not in known and holds_tensor(operand):
-                bind(operand, known)
+                bind(operand, known, node)
         value = evaluate(node, known)
         if value is not None:
             known[node] = value

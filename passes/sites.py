@@ -12,7 +12,10 @@ __all__ = ["Detection", "Reason", "Rejected", "Site", "location_of", "stack_of"]
 
 
 class Reason(enum.StrEnum):
-    """Why an add of two floating-point tensors is not rewritten."""
+    """Why an add of two floating-point tensors is not rewritten.
+
+    The last six are for models that were written with hyper-connections.
+    """
 
     BROADCAST = "the operands have different shapes"
     INDEPENDENT = "neither operand is computed from the other"
@@ -29,6 +32,12 @@ class Reason(enum.StrEnum):
     LAYOUT = "the channel axis is lost on the way to the next site"
     UNDECLARED = "not a site when the model was transformed"
     EXCLUDED = "excluded by the configuration"
+    OWN_CONNECTIONS = "nothing is added to a model that has hyper-connections of its own"
+    OWN_NORM = "a hyper-connection whose streams are not normalised together"
+    OWN_PROJECTION = "a hyper-connection without one projection of all streams"
+    OWN_COEFFICIENTS = "a hyper-connection whose coefficients are those of no known variant"
+    OWN_PRECISION = "a hyper-connection that rounds where our operators do not"
+    OWN_PLACE = "a hyper-connection whose parts are written in place or recomputed apart"
 
 
 @dataclass(eq=False)
