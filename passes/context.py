@@ -74,7 +74,8 @@ class Context:
             in this graph.
         broken_at: where and why the capture of this graph ended early, if it did.
         detection: the result of ``detect``.
-        own: the hyper-connections that the model was written with, recognised or not.
+        written_back: the products with which the model's own hyper-connections are computed.
+        own: these connections, recognised or not.
     """
 
     options: Options
@@ -84,6 +85,7 @@ class Context:
     homes: frozenset[int] = frozenset()
     broken_at: str | None = None
     detection: Detection | None = None
+    written_back: set[fx.Node] = field(default_factory=set)
     own: list[Site | Rejected] = field(default_factory=list)
 
 

@@ -32,7 +32,15 @@ from .context import Context, PassResult
 from .dataflow import erase_dead_code, unread
 from .fake import Writer
 from .identify import Refused
-from .mapping import Mapping, Reading, mappings, read, require_one_precision, require_one_tag
+from .mapping import (
+    Mapping,
+    Reading,
+    mappings,
+    place_of,
+    read,
+    require_one_precision,
+    require_one_tag,
+)
 from .match import Region, close, evaluate_down, grow, random, strip_casts, way_up
 from .operators import Kind, dtype_of, is_float_tensor, kind_of, op_name, shape_of
 from .sites import Reason, Rejected, Site, location_of, stack_of
@@ -50,7 +58,7 @@ def fuse_coefficients(gm: fx.GraphModule, context: Context) -> PassResult:
     """Fuse every mapping that is one, then what its coefficients are applied to."""
     effects = unread(gm.graph)
     report = _Report()
-    fused = [_fuse_mapping(m, report) for m in mappings(gm.graph)]
+    fused = [_fuse_mapping(m, context, report) for m in mappings(gm.graph)]
     found = [f for f in fused if f is not None]
     if found:
         erase_dead_code(gm.graph, keep=effects)
@@ -97,40 +105,35 @@ class _Coefficients:
     """The coefficients of a site as the graph has them now.
 
     Attributes:
-        mixed: whether H_res stands in the graph; where it does not, it is I.
+        operator: the call of ``mhc::coefficients``.
+        H_res: None where the streams are not mixed: it is I.
         X: what the site makes of its streams, if that was found; f: of which output of a branch.
         remarks: what was left open behind the coefficients.
     """
 
+    reading: Reading
+    operator: fx.Node
     H_pre: fx.Node
     H_post: fx.Node
-    H_res: fx.Node
-    reading: Reading
-    mixed: bool
+    H_res: fx.Node | None
     X: fx.Node | None = None
     f: fx.Node | None = None
     remarks: list[str] = field(default_factory=list)
 
     @property
-    def operator(self) -> fx.Node:
-        """The call of ``mhc::coefficients``."""
-        return self.H_res.args[0]  # type: ignore[return-value]
-
-    @property
     def width(self) -> int:
         """C."""
-        X: Any = self.operator.args[0]
-        return shape_of(X)[-1]  # type: ignore[return-value]
+        return self.reading.mapping.width
 
 
-def _fuse_mapping(mapping: Mapping, report: _Report) -> _Coefficients | None:
+def _fuse_mapping(mapping: Mapping, context: Context, report: _Report) -> _Coefficients | None:
     try:
         reading = read(mapping)
     except Refused as refused:
         report.refuse("mapping", refused, mapping.y)
-        if _is_own(mapping):
+        if mapping.y in context.written_back:
             own = Rejected(mapping.y, refused.reason, detail=str(refused), width=mapping.width)
-            own.owner, own.branch_name = _place(mapping)
+            own.owner, own.branch_name = place_of(mapping.y)
             own.location = location_of(mapping.y)
             report.refused.append(own)
         return None
@@ -155,15 +158,18 @@ def _write(reading: Reading) -> _Coefficients:
     bias = given.write_bias(write, phi, dtype, variant.columns(m.n))
     target = torch.ops.mhc.coefficients.default
     made = write.call(target, X, phi, alpha, bias, variant.text, reading.eps, name="coefficients")
-    names = ("H_pre", "H_post", "H_res")
-    H = [write.call(operator.getitem, made, i, name=name) for i, name in enumerate(names)]
+    mixed = any(role == _RES for role, _ in reading.chosen.values())
+    H = [_result(write, made, role) for role in range(3 if mixed else 2)]
     for node, (role, flipped) in reading.chosen.items():
         new = H[role]
         if flipped:
             new = write.call("transpose", new, -1, -2)
         node.replace_all_uses_with(write.cast(new, dtype_of(node)))
-    mixed = any(role == _RES for role, _ in reading.chosen.values())
-    return _Coefficients(H[_PRE], H[_POST], H[_RES], reading, mixed)
+    return _Coefficients(reading, made, H[_PRE], H[_POST], H[_RES] if mixed else None)
+
+
+def _result(write: Writer, made: fx.Node, role: int) -> fx.Node:
+    return write.call(operator.getitem, made, role, name=("H_pre", "H_post", "H_res")[role])
 
 
 # --- what coefficients are applied to -------------------------------------------------------------
@@ -181,15 +187,15 @@ def _fuse_pre(site: _Coefficients, report: _Report) -> None:
 
 
 def _fuse_post_res(site: _Coefficients, report: _Report) -> None:
-    coefficients = [site.H_post, site.H_res] if site.mixed else [site.H_post]
+    coefficients = [H for H in (site.H_post, site.H_res) if H is not None]
     products = _Products(coefficients, site.width)
     X, f, (H_post, *H_res) = products.X, products.f, products.coefficients
     added = H_post.unsqueeze(-1) * f.unsqueeze(1)
     wanted = [H_res[0] @ X + added, H_res[0].mT @ X + added] if H_res else [X + added]
     what = "H_res X + H_postᵀ f" if H_res else "X + H_postᵀ f"
     for end, write, operands, form in products.find(wanted, what, site, report):
-        H_post_node, *H_res_node, X_node, f_node = operands
-        (H,) = H_res_node or (site.H_res,)
+        H_post_node, *mix, X_node, f_node = operands
+        H = mix[0] if mix else _result(write, site.operator, _RES)
         if form == 1:
             H = write.call("transpose", H, -1, -2)
         dtype = dtype_of(end)
@@ -199,6 +205,8 @@ def _fuse_post_res(site: _Coefficients, report: _Report) -> None:
         site.X, site.f = write.cast(new, dtype), f_node
         end.replace_all_uses_with(site.X)
         report.add("post_res")
+    if site.X is None and products.left:
+        site.X = products.left[0]
 
 
 _Found = tuple[fx.Node, Writer, list[fx.Node], int]
@@ -224,6 +232,7 @@ class _Products:
         self.X = _random_operand((self.n, width), 7)
         self.f = _random_operand((width,), 6)
         self.others: dict[tuple[int, ...], fx.Node] = {}  # X and f, by the sizes of a token
+        self.left: list[fx.Node] = []  # what was found and could not be replaced
 
     @property
     def coefficients(self) -> list[Tensor]:
@@ -246,6 +255,7 @@ class _Products:
                 found.append((*self._examined(node, region), form))
             except Refused as refused:
                 site.remarks.append(report.refuse(what, refused, node))
+                self.left.append(node)
         if not region.found:
             first = next(iter(self.seeds))
             site.remarks.append(report.refuse(what, "not found behind its coefficients", first))
@@ -327,13 +337,6 @@ def _is_own(mapping: Mapping) -> bool:
     return mapping.y.target is not torch.ops.mhc.matmul.default
 
 
-def _place(mapping: Mapping) -> tuple[str, str]:
-    """The module that maps, as the path of its parent and its name there."""
-    stack = stack_of(mapping.y)
-    owner, _, name = (stack[-1][1] if stack else "").rpartition(".")
-    return owner, name or mapping.y.name
-
-
 def _own_sites(found: Sequence[_Coefficients]) -> list[Site]:
     """The sites that were written by hand, in the order of the graph."""
     sites: list[Site] = []
@@ -350,7 +353,7 @@ def _own_site(made: _Coefficients, before: Sequence[Site]) -> Site:
     node = made.X or made.operator
     source = way_up(X)[-1]
     previous = next((s for s in before if s.node is source), None)
-    owner, name = _place(reading.mapping)
+    owner, name = place_of(reading.mapping.y)
     same = sum(s.owner == owner and s.branch_name.partition(":")[0] == name for s in before)
     return Site(
         node=node,

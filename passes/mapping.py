@@ -24,7 +24,7 @@ from .identify import Met, Refused, Roles, oracle_of, residuals
 from .match import Region, evaluate_down, grow, strip_casts, way_up
 from .norms import rms_norm_of, root_mean_square
 from .operators import Kind, dtype_of, is_float_tensor, kind_of, op_name, shape_of, value_of
-from .sites import Reason
+from .sites import Reason, stack_of
 from .token_rules import Known, Value
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Reading",
     "mapping_of",
     "mappings",
+    "place_of",
     "read",
     "require_one_precision",
     "require_one_tag",
@@ -113,6 +114,13 @@ def _streams_of(flat: fx.Node) -> fx.Node | None:
     if len(tail) < 2 or any(type(size) is not int for size in (*tail, width)):
         return None
     return strip_casts(source) if math.prod(tail) == width and tail[0] > 1 else None  # type: ignore
+
+
+def place_of(node: fx.Node) -> tuple[str, str]:
+    """The module that computes a node: the path of its parent, and its name there."""
+    stack = stack_of(node)
+    owner, _, name = (stack[-1][1] if stack else "").rpartition(".")
+    return owner, name or node.name
 
 
 # --- reading --------------------------------------------------------------------------------------

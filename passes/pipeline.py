@@ -12,10 +12,11 @@ from .fuse_coefficients import fuse_coefficients
 from .fuse_seams import fuse_seams
 from .lower import lower
 from .operators import op_name
+from .recognize import recognize
 from .runner import Pass
 from .widen import branch_input, widen
 
-__all__ = ["EXAMINE", "PARTITIONED", "PIPELINE"]
+__all__ = ["EXAMINE", "OWN", "PARTITIONED", "PIPELINE"]
 
 
 def _bodies_are_inlined(gm: fx.GraphModule, context: Context) -> list[str]:
@@ -44,10 +45,14 @@ PIPELINE = (
     Pass("canonicalize", canonicalize, _bodies_are_inlined),
     Pass("detect", detect, _sites_are_consistent),
     Pass("widen", widen, _streams_are_closed),
+    Pass("recognize", recognize),
     Pass("defer_norm", defer_norm),
     Pass("fuse_coefficients", fuse_coefficients),
     Pass("lower", lower),
 )
+
+# On a model that has hyper-connections of its own: nothing is added to it.
+OWN = tuple(step for step in PIPELINE if step.name not in ("detect", "widen"))
 
 # What `transform` and `explain` need: the sites, no rewrite.
 EXAMINE = PIPELINE[:2]
