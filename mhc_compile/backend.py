@@ -18,6 +18,7 @@ from . import _torch, history
 from .capture import copy_graph
 from .config import Config
 from .declare import Spec, collect, declaration_nodes
+from .own import rewrite
 from .partitioned import PartitionedPasses
 from .passes.canonicalize import canonicalize
 from .passes.context import Context
@@ -101,6 +102,12 @@ def _compile(
     declared = _declared_config(work)
     if declared is None:
         module = _torch.calling_module()
+        if own is not None and (found := rewrite(work, module, own)) is not None:
+            context, entries = found
+            runner = lower(work, example_inputs, Run(Config(**{**own, "n": 1}), entries))
+            history.trace(entries)
+            history.record(captured, work, entries, context, example_inputs)
+            return runner
         if own is not None and not _is_transformed(module):
             return _first_call_of_plain(gm, example_inputs, Config(**own), lower, module)
         # a part of the model without a site
@@ -130,7 +137,9 @@ def _with_collection(passes: Sequence[Pass]) -> list[Pass]:
 
     def run(gm: fx.GraphModule, context: Context) -> Any:
         result = canonicalize(gm, context)
-        collect(result.gm.graph, context)
+        if read := collect(result.gm.graph, context):
+            notes = [*result.notes, f"{read} declarations read"]
+            result = replace(result, changed=True, notes=notes)
         return result
 
     return [Pass(p.name, run, p.ensures) if p.name == "canonicalize" else p for p in passes]

@@ -58,11 +58,15 @@ def record(
 ) -> None:
     """Remember a graph under the mHC parameters among its inputs.
 
+    Those of a model with hyper-connections of its own are not known by name: a graph with some is
+    remembered under all parameters among its inputs.
+
     Args:
         history: kept as it is, because Inductor compiles a backward graph only when it is run.
     """
     sites = context.detection.sites if context.detection is not None else []
-    graph = RewrittenGraph(before, after, history, tuple(sites))
+    own = [site for site in context.own if isinstance(site, Site)]
+    graph = RewrittenGraph(before, after, history, (*sites, *own))
     names = [n.name for n in after.graph.nodes if n.op == "placeholder"]
     values, number = dict(zip(names, inputs, strict=True)), next(_number)
     declared = [d for group in (context.declarations or {}).values() for d in group]
@@ -71,6 +75,9 @@ def record(
             value = values[parameter.name]
             if isinstance(value, Tensor):
                 _graphs.setdefault(value, {})[number] = graph
+    for value in inputs if context.own else ():
+        if isinstance(value, nn.Parameter):
+            _graphs.setdefault(value, {})[number] = graph
 
 
 def trace(entries: Sequence[HistoryEntry]) -> None:
@@ -82,28 +89,31 @@ def trace(entries: Sequence[HistoryEntry]) -> None:
 
 
 def graphs(model: nn.Module) -> list[RewrittenGraph]:
-    """The rewritten graphs of a transformed model, in the order of their capture.
+    """The rewritten graphs of a model, in the order of their capture.
 
-    There is one for each mode and shape that the model was called in.
+    There is one for each mode and shape that the model was called in. The model is transformed, or
+    it has hyper-connections of its own and was compiled with ``backend="mhc"``.
 
     Raises:
-        NotTransformedError: the model has no mHC parameters.
+        NotTransformedError: it is neither.
         NotCapturedError: it was not called yet.
     """
     from .pending import refuse_pending
 
     refuse_pending(model)
-    modules = [m for m in model.modules() if isinstance(m, StreamParameters)]
-    if not modules:
-        raise NotTransformedError(
-            f"{type(model).__name__} is not transformed; call mhc_compile.transform(model) first"
-        )
     found: dict[int, RewrittenGraph] = {}
-    for module in modules:
-        found |= _graphs.get(module.phi, {})
-    if not found:
-        raise NotCapturedError(
-            f"{type(model).__name__} has not been called since it was transformed; graphs are "
-            "captured at the first call"
+    for parameter in model.parameters():
+        found |= _graphs.get(parameter, {})
+    if found:
+        return [found[number] for number in sorted(found)]
+    name = type(model).__name__
+    if not any(isinstance(m, StreamParameters) for m in model.modules()):
+        raise NotTransformedError(
+            f"{name} is not transformed; call mhc_compile.transform(model) first. (A model with "
+            "hyper-connections of its own has graphs once it was compiled with backend='mhc' and "
+            "called.)"
         )
-    return [found[number] for number in sorted(found)]
+    raise NotCapturedError(
+        f"{name} has not been called since it was transformed; graphs are captured at the first "
+        "call"
+    )

@@ -295,20 +295,23 @@ def _rejected(found: WriteBack) -> Rejected | None:
 
 
 def _difference(found: WriteBack) -> tuple[Reason, str]:
+    """The kind of difference from our operators, and the difference."""
     n, width = found.n, found.width
-    for product in found.products:
-        way = _above([_data(product)], stop=lambda node: node is found.X)
-        normalised = {_normalised(node) for node in way}
-        if width in normalised and n * width not in normalised:
-            return Reason.OWN_NORM, f"each of its {n} streams is normalised by itself"
-    columns = [_columns(p) for p in found.products]
-    if {shape_of(_data(p))[-1] for p in found.products} == {width}:
-        return Reason.OWN_PROJECTION, f"each of its {n} streams is projected by itself"
-    wanted = ", ".join(str(2 * n + count) for count in (n * n, 0))
+    data = [_data(product) for product in found.products]
+    normalised = {_normalised(node) for node in _above(data, stop=_is_product)}
+    alone = []
+    if width in normalised and n * width not in normalised:
+        alone.append("normalised")
+    if {shape_of(node)[-1] for node in data} == {width}:
+        alone.append("projected")
+    if alone:
+        reason = Reason.OWN_NORM if "normalised" in alone else Reason.OWN_PROJECTION
+        return reason, f"each of its {n} streams is {' and '.join(alone)} by itself"
+    columns = " and ".join(str(_columns(product)) for product in found.products)
     return (
         Reason.OWN_PROJECTION,
-        f"its {n} streams are projected to {' and '.join(map(str, columns))} numbers, "
-        f"not to as many as a variant has ({wanted}, ...)",
+        f"its {n} streams are projected to {columns} numbers, which no variant has "
+        f"(H_pre and H_post {2 * n}, with H_res {2 * n + n * n})",
     )
 
 

@@ -1,0 +1,83 @@
+"""Models that were written with hyper-connections: nothing is added, theirs run on our operators.
+
+``torch.compile(model, backend="mhc")`` transforms a plain model. One whose graph has connections of
+its own keeps its parameters and its numerics; only those that are read as ours become operators.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from .capture import copy_graph
+from .config import Config
+from .passes.context import Context
+from .passes.errors import UnsupportedError
+from .passes.pipeline import OWN
+from .passes.runner import HistoryEntry, run_pipeline
+from .passes.sites import Site
+from .transform import options_of
+
+__all__ = ["connections", "rewrite"]
+
+_APPLICABLE = ("defer_norms", "disabled")
+"""Options that mean something where nothing is added."""
+
+# Modules of which some graph had connections: those of their graphs that have none stay plain.
+_known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def connections(gm: fx.GraphModule) -> Context:
+    """The hyper-connections in a graph, in ``.own`` of the context; the graph is rewritten."""
+    context = Context(options_of(Config(n=1)))
+    run_pipeline(gm, context, OWN[:-1])
+    return context
+
+
+def rewrite(
+    gm: fx.GraphModule, module: nn.Module | None, options: Mapping[str, Any]
+) -> tuple[Context, list[HistoryEntry]] | None:
+    """Rewrite the graph of a model with connections of its own; None for any other model.
+
+    Args:
+        gm: a captured graph, which may be changed.
+        module: whose graph it is, if that is known.
+        options: fields of ``Config`` that were given.
+
+    Raises:
+        UnsupportedError: an option describes connections that would be added.
+    """
+    found = connections(copy_graph(gm)).own
+    if found and module is not None:
+        _known.add(module)
+    if not found and (module is None or module not in _known):
+        return None
+    _refuse_options(module, found, options)
+    config = Config(**{**options, "n": 1})
+    context = Context(options_of(config))
+    _, entries = run_pipeline(gm, context, OWN, disabled=config.disabled)
+    return context, entries
+
+
+def _refuse_options(
+    module: nn.Module | None, found: Sequence[Any], options: Mapping[str, Any]
+) -> None:
+    given = [
+        name
+        for name, value in options.items()
+        if name not in _APPLICABLE and not (name == "n" and value == 1)
+    ]
+    if not given:
+        return
+    whose = "The model" if module is None else type(module).__name__
+    first = f", for one {found[0].name} ({found[0].location})" if found else ""
+    sites = sum(isinstance(site, Site) for site in found)
+    names = ", ".join(f"options[{name!r}]" for name in given)
+    raise UnsupportedError(
+        f"{whose} has hyper-connections of its own ({sites} recognised{first}), to which backend "
+        f"'mhc' adds none: {names} would describe new ones. Leave them out; n, variant and the "
+        "rest are read from the model."
+    )
