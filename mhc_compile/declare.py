@@ -86,11 +86,12 @@ def declaration_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
     return (n for n in graph.nodes if n.op == "call_function" and n.target in known)
 
 
-def collect(graph: fx.Graph, context: Context) -> None:
-    """Move what the graph's ``declare`` nodes say into a context, and erase them."""
+def collect(graph: fx.Graph, context: Context) -> int:
+    """Move what the graph's ``declare`` nodes say into a context, and erase them; their number."""
     declarations: dict[str, list[Declaration]] = {}
     homes: set[int] = set()
-    for node in list(declaration_nodes(graph)):
+    nodes = list(declaration_nodes(graph))
+    for node in nodes:
         tensors, text = node.args
         spec = Spec.from_json(str(text))
         homes.update(spec.homes)
@@ -106,3 +107,4 @@ def collect(graph: fx.Graph, context: Context) -> None:
         graph.erase_node(node)
     context.declarations = declarations
     context.homes = frozenset(homes)
+    return len(nodes)

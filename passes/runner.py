@@ -17,6 +17,9 @@ __all__ = ["HistoryEntry", "Pass", "run_pipeline"]
 
 log = logging.getLogger("mhc_compile.passes")
 
+_IMPORTS = "from math import inf, nan\n\nimport torch\nfrom torch import device\n"
+"""What the code of an ``fx`` graph takes for granted."""
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -61,7 +64,9 @@ class HistoryEntry:
         return re.findall(r"torch\.ops\.mhc\.(\w+)", self.code)
 
     def __str__(self) -> str:
-        return f"# {self.name} ({self.milliseconds:.1f} ms): {'; '.join(self.notes)}\n{self.code}"
+        """Python that runs: ``forward(self, *inputs)``, self a module with the graph's constants."""
+        head = f"# {self.name} ({self.milliseconds:.1f} ms): {'; '.join(self.notes)}"
+        return f"{head}\n{_IMPORTS}{self.code}"
 
 
 def run_pipeline(

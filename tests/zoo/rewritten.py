@@ -1,0 +1,154 @@
+"""One captured call of a transformed model, behind any selection of the passes.
+
+Capturing a model takes seconds, the passes a fraction of that. So a model is captured once, and its
+graph is rewritten as often as a test asks: eagerly, or partitioned by AOTAutograd with the passes
+on the forward and backward graphs as under Inductor, without compiling anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+
+import mhc_compile
+from mhc_compile import Config, _torch, backend
+from mhc_compile.capture import copy_graph
+from mhc_compile.declare import Spec, declaration_nodes
+from mhc_compile.passes.runner import HistoryEntry
+
+from .checks import Run, loss_of, perturb, tensors
+
+
+@dataclass
+class Rewritten:
+    """A runnable graph, its history, and (once it ran) what its backward graph is given.
+
+    Attributes:
+        tensors: what the forward graph keeps for the backward graph, as fake tensors.
+    """
+
+    function: Callable[..., Any]
+    tensors: list[Tensor] = field(default_factory=list)
+    history: Sequence[HistoryEntry] = ()
+
+    @property
+    def kept(self) -> list[str]:
+        """What is kept for backward besides the inputs of the graph."""
+        return [f"{tuple(t.shape)} {t.dtype}" for t in self.tensors]
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    def operators(self, graph: str) -> list[str]:
+        """The `mhc::` operators of the final version of a graph, in order."""
+        return [e for e in self.history if e.graph == graph][-1].operators
+
+    def notes(self, name: str, graph: str = "captured") -> list[str]:
+        """What a pass said about a graph."""
+        (entry,) = (e for e in self.history if (e.name, e.graph) == (name, graph))
+        return list(entry.notes)
+
+
+class Captured:
+    """A call of a model, perturbed and captured.
+
+    Args:
+        model: is transformed.
+        inputs: of each of the calls, which all must fit one graph.
+        config: with which the model is transformed; tests change parts of it afterwards.
+    """
+
+    def __init__(
+        self, model: nn.Module, *inputs: Mapping[str, Any], config: Config | None = None
+    ) -> None:
+        self.model = mhc_compile.transform(model, example_inputs=inputs[0], config=config)
+        perturb(model)
+        self.calls: list[tuple[Any, ...]] = []
+        graphs: list[fx.GraphModule] = []
+
+        def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            graphs.append(copy_graph(gm))
+            run = backend.eager(gm, example_inputs)
+
+            def call(*arguments: Any) -> Any:
+                self.calls.append(arguments)
+                return run(*arguments)
+
+            return call
+
+        dynamic = True if len(inputs) > 1 else None
+        compiled = torch.compile(model, backend=record, fullgraph=True, dynamic=dynamic)
+        for each in inputs:
+            compiled(**each)
+        (self.graph,) = graphs
+        torch._dynamo.reset()
+
+    def eagerly(self, **changes: Any) -> Rewritten:
+        """The graph behind the passes, for a configuration with some options changed."""
+        return self._rewritten(backend.eager, changes)
+
+    def partitioned(self, **changes: Any) -> Rewritten:
+        """The same, as forward and backward graphs that went through their own passes."""
+        saved: list[Tensor] = []
+        with patch.object(_torch, "compile_inductor", partial(partition, saved=saved)):
+            return self._rewritten(backend.mhc, changes, saved)
+
+    def _rewritten(
+        self, lower: Callable[..., Any], changes: Mapping[str, Any], saved: Any = ()
+    ) -> Rewritten:
+        gm = copy_graph(self.graph)
+        for node in declaration_nodes(gm.graph):
+            parameters, text = node.args
+            spec = Spec.from_json(text)
+            spec = replace(spec, config=replace(spec.config, **changes))
+            node.args = (parameters, spec.to_json())
+        function = lower(gm, list(self.calls[0]))
+        return Rewritten(function, saved, mhc_compile.graphs(self.model)[-1].history)
+
+    def run(self, rewritten: Rewritten, call: int = 0) -> Run:
+        """Outputs and gradients of all that is learned, from a fixed random state."""
+        names = [n.name for n in self.graph.graph.find_nodes(op="placeholder")]
+        given = zip(names, self.calls[call], strict=True)
+        learned = {k: v for k, v in given if isinstance(v, Tensor) and v.requires_grad}
+        torch.manual_seed(0)
+        outputs = tensors(rewritten.function(*self.calls[call]))
+        gradients: Any = ()
+        if torch.is_grad_enabled():
+            leaves = list(learned.values())
+            gradients = torch.autograd.grad(loss_of(outputs), leaves, materialize_grads=True)
+        found = dict(zip(learned, gradients, strict=True)) if gradients else {}
+        return Run([o.detach() for o in outputs], found, {})
+
+
+def partition(
+    gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any], saved: list[Tensor]
+) -> Callable[..., Any]:
+    """In the place of Inductor: partition, run the passes, execute the graphs as they are."""
+
+    def compiler(kind: str, graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        graph.graph.eliminate_dead_code()
+        patches["post_grad_custom_pre_pass"](graph.graph, kind == "inference")
+        graph.graph.lint()
+        graph.recompile()
+        if kind == "backward":
+            kept = graph.graph.find_nodes(op="placeholder")
+            free = ("primals", "tangents")
+            values = [n.meta["val"] for n in kept if not n.name.startswith(free)]
+            saved.extend(v for v in values if isinstance(v, Tensor))
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(
+        fw_compiler=partial(compiler, "forward"),
+        bw_compiler=partial(compiler, "backward"),
+        inference_compiler=partial(compiler, "inference"),
+        partition_fn=min_cut_rematerialization_partition,
+    )(gm, list(inputs))

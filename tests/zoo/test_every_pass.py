@@ -1,0 +1,183 @@
+"""Every pass alone and every prefix, on a small GPT: dtypes, modes, sizes, and the history."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mhc_compile.passes.pipeline import PIPELINE
+from tests.models import GPT, ids
+from tests.zoo.checks import Run, gradient_error, output_error
+from tests.zoo.rewritten import Captured
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+NAMES = [step.name for step in PIPELINE]
+WIDENED = NAMES.index("widen") + 1
+OPEN = tuple(NAMES[WIDENED:])
+"""Passes without which a graph has the open form that `widen` writes: the meaning of the rest."""
+
+PREFIXES = [tuple(NAMES[count:]) for count in range(WIDENED + 1, len(NAMES) + 1)]
+ALONE = [(name,) for name in NAMES if name not in ("detect", "widen")]
+
+
+def error(actual: Run, truth: Run) -> tuple[float, float]:
+    """Of the outputs and of the gradients, in float64."""
+    outputs = [o.double() for o in actual.outputs]
+    gradients = {k: g.double() for k, g in actual.gradients.items()}
+    return (
+        output_error(outputs, [o.double() for o in truth.outputs]),
+        gradient_error(gradients, truth.gradients) if gradients else 0.0,
+    )
+
+
+def gpt(dtype: torch.dtype, dropout: float = 0.0) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return GPT(layers=1, dropout=dropout).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=str)
+def test_each_selection_of_passes_is_as_exact_as_the_open_form(dtype: torch.dtype) -> None:
+    """At most twice as far from the open form in float64."""
+    captured = Captured(gpt(dtype), {"ids": ids()})
+    exact = Captured(gpt(dtype).double(), {"ids": ids()})
+    truth = exact.run(exact.eagerly(disabled=OPEN))
+    selections = [captured.eagerly(disabled=off) for off in (*PREFIXES, *ALONE)]
+    selections += [captured.partitioned(disabled=off) for off in ((), ("fuse_seams",))]
+    plain = error(captured.run(captured.eagerly(disabled=OPEN)), truth)
+    slack = 1e-13 if dtype is FP64 else 0.0
+    for rewritten in selections:
+        for got, allowed in zip(error(captured.run(rewritten), truth), plain, strict=True):
+            assert got <= 2 * allowed + slack
+
+
+def test_dropout_draws_the_same_numbers_whatever_passes_run() -> None:
+    captured = Captured(gpt(FP64, dropout=0.3).train(), {"ids": ids()})
+    truth = captured.run(captured.eagerly(disabled=OPEN))
+    for rewritten in (
+        *(captured.eagerly(disabled=off) for off in (*PREFIXES, *ALONE)),
+        captured.partitioned(),
+        captured.partitioned(disabled=("fuse_seams",)),
+    ):
+        assert max(error(captured.run(rewritten), truth)) < 1e-12
+
+
+@torch.no_grad()
+def test_inference_graphs_equal_the_open_form() -> None:
+    captured = Captured(gpt(FP64, dropout=0.3).eval(), {"ids": ids()})
+    truth = captured.run(captured.eagerly(disabled=OPEN))
+    fused = captured.partitioned()
+    for rewritten in (*(captured.eagerly(disabled=off) for off in (*PREFIXES, *ALONE)), fused):
+        assert max(error(captured.run(rewritten), truth)) < 1e-13
+    assert fused.operators("inference") == ["coefficients_pre", "seam", "post_res"]
+
+
+def test_one_graph_for_all_sizes() -> None:
+    calls = [{"ids": ids(batch, length)} for batch, length in ((2, 5), (3, 7))]
+    captured = Captured(gpt(FP64), *calls)
+    widened = captured.eagerly(disabled=OPEN)
+    for off in (*PREFIXES, *ALONE):
+        rewritten = captured.eagerly(disabled=off)
+        for call in range(len(calls)):
+            truth = captured.run(widened, call)
+            assert max(error(captured.run(rewritten, call), truth)) < 1e-13
+
+
+# --------------------------------------------------------------------------------------- history
+
+
+def test_each_version_in_the_history_is_python_that_runs() -> None:
+    """From `widen` on it computes the same; what a pass says of itself is true."""
+    captured = Captured(gpt(FP64), {"ids": ids()})
+    rewritten = captured.eagerly()
+    truth, code = captured.run(rewritten), ""
+    assert [entry.name for entry in rewritten.history] == ["capture", *NAMES]
+    for entry in rewritten.history:
+        assert entry.notes and entry.changed == (entry.code != code)
+        code = entry.code
+        function = forward_of(str(entry))
+        if entry.name in NAMES[WIDENED - 1 :]:
+            rewritten.function = lambda *a, forward=function: forward(None, *a)
+            assert max(error(captured.run(rewritten), truth)) < 1e-13
+
+
+def test_each_version_of_a_partitioned_graph_is_python_that_runs() -> None:
+    captured = Captured(gpt(FP64), {"ids": ids()})
+    fused = captured.partitioned()
+    captured.run(fused)
+    entries = [entry for entry in fused.history if entry.graph != "captured"]
+    assert [(e.graph, e.name) for e in entries] == [
+        ("forward", "forward"),
+        ("forward", "fuse_seams"),
+        ("backward", "backward"),
+        ("backward", "fuse_seams"),
+    ]
+    before, after = (forward_of(str(entry)) for entry in entries[:2])
+    values = given_to(entries[0].code, captured)
+    results = [flat(forward(None, *values)) for forward in (before, after)]
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+    for first, second in pairwise(entries):
+        if second.graph == first.graph:
+            assert second.changed and second.code != first.code
+
+
+def test_a_pass_with_nothing_to_do_says_so() -> None:
+    """Without `widen` there is no site to fuse; a disabled pass is named as that."""
+    captured = Captured(gpt(FP64), {"ids": ids()})
+    rewritten = captured.eagerly(disabled=("widen", "lower"))
+    captured.run(rewritten)
+    for name in NAMES[WIDENED:]:
+        assert rewritten.notes(name) == ["disabled" if name == "lower" else "nothing to do"]
+    assert not any(e.changed for e in rewritten.history if e.name in (*OPEN, "widen"))
+
+
+def forward_of(text: str) -> Any:
+    names: dict[str, Any] = {}
+    exec(text, names)
+    return names["forward"]
+
+
+def given_to(code: str, captured: Captured) -> list[Any]:
+    """The inputs of a forward graph: those of the captured graph that it names, by number."""
+    head = code[code.index("(self, ") + 7 : code.index("):")]
+    numbers = [int(name.removeprefix("primals_")) - 1 for name in head.split(", ")]
+    return [captured.calls[0][number] for number in numbers]
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    return [o for o in outputs if isinstance(o, Tensor)]
+
+
+# --------------------------------------------------------------------- the norms of the user's own
+
+
+class Normed(nn.Module):
+    """Two branches with an RMSNorm in front of a gated MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(8) for _ in range(2))
+        self.up, self.gate = (nn.ModuleList(nn.Linear(8, 16) for _ in range(2)) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(16, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, up, gate, down in zip(self.norms, self.up, self.gate, self.down, strict=True):
+            h = norm(x)
+            x = x + down(up(h) * gate(h).sigmoid())
+        return x
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_deferring_the_users_norms_keeps_at_most_their_products(dtype: torch.dtype) -> None:
+    """The derivative of 1 / r reads them; without, x̂ is computed again from x and r."""
+    torch.manual_seed(0)
+    captured = Captured(Normed().to(dtype), {"x": torch.randn(5, 8, dtype=dtype)})
+    plain, deferred = captured.partitioned(), captured.partitioned(defer_norms=True)
+    for rewritten in (plain, deferred):
+        captured.run(rewritten)
+    assert "2 of norms deferred" in deferred.notes("defer_norm")
+    products = 2 * 2 * 5 * 16 * dtype.itemsize
+    assert deferred.kept_bytes <= plain.kept_bytes + products
