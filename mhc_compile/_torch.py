@@ -58,6 +58,7 @@ __all__ = [
     "inductor_setting",
     "is_backward",
     "is_cut_for_ddp",
+    "is_exporting",
     "is_forced_eager",
     "is_inductor_option",
     "is_known_to_ddp",
@@ -145,6 +146,14 @@ def graph_breaks() -> int:
     """How many times Dynamo has broken a graph since it was last reset."""
     counters = torch._dynamo.utils.counters
     return sum(sum(counters.get(kind, {}).values()) for kind in ("graph_break", "unimplemented"))
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is tracing.
+
+    ``torch.compiler.is_exporting`` is true in torch 2.11 whenever Dynamo traces.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 def is_forced_eager() -> bool:

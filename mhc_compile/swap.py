@@ -96,7 +96,7 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
 def _declaring_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if _torch.is_exporting() or torch.jit.is_tracing():
             _refuse_export()
         if torch.compiler.is_compiling():
             declare(self.mhc.tensors() if "mhc" in self._modules else [], self._mhc_spec)  # type: ignore[operator,union-attr]
