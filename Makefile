@@ -7,7 +7,7 @@ N      ?= 20000
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup demo test lint zoo fuzz bench clean
+.PHONY: help setup demo test lint zoo fuzz bench speed clean
 
 help:
 	@echo "make demo      a small language model, plain and mHC side by side"
@@ -16,6 +16,7 @@ help:
 	@echo "make zoo       every model of the zoo under backend=\"mhc\" with Inductor"
 	@echo "make fuzz N=…  N random residual programs (default $(N))"
 	@echo "make bench     time and scale of transform()"
+	@echo "make speed     one site, and whole models, against plain ones and against peers"
 
 setup: $(STAMP)
 
@@ -45,6 +46,12 @@ fuzz: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/scale.py
+
+speed: $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/recognize.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
