@@ -34,6 +34,9 @@ _TOKENS = 64
 """Tokens of a block. φ is read once per block, from L2: 64 make that as much as X, 16 four times
 as much."""
 
+_CHANNELS = 32
+"""Channels of a tile. In the seam, which has n tiles of X' in registers, 64 would spill."""
+
 _SPLIT, _MOST_SPLITS = 512, 8
 """Channels of a split, unless that makes more than 8: a split costs 4 · columns bytes twice.
 
@@ -41,6 +44,9 @@ Eight fill a GPU from about 1,000 tokens on."""
 
 _SLOTS = 8
 """Parts of dφ: ranges of tokens, each as large as φ."""
+
+_WARPS = 4 if torch.version.hip else 8
+"""Of a program, 256 threads on AMD and NVIDIA alike: 8 elements of a tile of 16 bits for each."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +77,7 @@ def config(n: int, C: int, columns: int, dtype: torch.dtype) -> Config:
         ValueError: for float64 streams, which GPUs' matrix units and this file do not take, and
             for more than `MOST_COLUMNS` columns.
     """
-    if dtype not in _PRECISIONS:
-        raise ValueError(f"x⃗ φ has Triton kernels for {_TAKEN} streams, got {dtype}")
-    if columns > MOST_COLUMNS:
-        raise ValueError(
-            f"x⃗ φ has Triton kernels for up to {MOST_COLUMNS} columns of φ, got {columns} (n={n})"
-        )
-    BK = min(64 if dtype.itemsize == 2 else 32, max(16, triton.next_power_of_2(C)))
+    BK = min(_CHANNELS, max(16, triton.next_power_of_2(C)))
     splits = min(_MOST_SPLITS, triton.cdiv(C, _SPLIT))
     SLICE = BK * triton.cdiv(C, BK * splits)
     return Config(
@@ -85,18 +85,33 @@ def config(n: int, C: int, columns: int, dtype: torch.dtype) -> Config:
         BK=BK,
         SLICE=SLICE,
         splits=triton.cdiv(C, SLICE),
-        COLS=max(16, triton.next_power_of_2(columns)),
-        PRECISION=_PRECISIONS[dtype],
-        num_warps=4,
+        COLS=_columns(n, columns),
+        PRECISION=_precision(dtype),
+        num_warps=_WARPS,
     )
 
 
-_PRECISIONS = {
+def _columns(n: int, columns: int) -> int:
+    if columns > MOST_COLUMNS:
+        raise ValueError(
+            f"x⃗ φ has Triton kernels for up to {MOST_COLUMNS} columns of φ, got {columns} (n={n})"
+        )
+    return max(16, triton.next_power_of_2(columns))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    if dtype not in PRECISIONS:
+        taken = ", ".join(str(known).removeprefix("torch.") for known in PRECISIONS)
+        raise ValueError(f"x⃗ φ has Triton kernels for {taken} streams, got {dtype}")
+    return PRECISIONS[dtype]
+
+
+PRECISIONS = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
     torch.float32: "ieee" if torch.version.hip else "tf32x3",
 }
-_TAKEN = ", ".join(str(dtype).removeprefix("torch.") for dtype in _PRECISIONS)
+"""The dtypes of streams that are taken, and how their tiles are multiplied, see `multiply`."""
 
 
 def project(X: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,6 +235,54 @@ MOST_LEVELS = tl.constexpr(8)
 """Of the tree in `row_sums`, for up to 256 columns."""
 
 
+@dataclass(frozen=True)
+class Slots:
+    """How gradients are cut: a program has BK channels of GROUP streams, and a slot of tokens.
+
+    Args:
+        BT, BK: tokens and channels of a tile.
+        GROUP: streams of a program: all, while dφ fits its registers. For each further group dh is
+            read once more.
+        COLS, PRECISION, num_warps: as in `Config`.
+        blocks: of channels.
+        slots, size: parts of dφ, and tokens of each. They depend on T, like the order of its sums.
+    """
+
+    BT: int
+    BK: int
+    GROUP: int
+    COLS: int
+    PRECISION: str
+    num_warps: int
+    blocks: int
+    slots: int
+    size: int
+
+
+def slots(T: int, n: int, C: int, columns: int, dtype: torch.dtype) -> Slots:
+    """The cut for streams of this shape and dtype; errors as in `config`."""
+    COLS, PRECISION = _columns(n, columns), _precision(dtype)
+    # 16 bytes of each thread.
+    BK = min(64, max(16, triton.next_power_of_2(C)))
+    BT = 32 if dtype.itemsize == 2 else 16
+    size = BT * triton.cdiv(triton.cdiv(T, BT), _SLOTS)
+    return Slots(
+        BT=BT,
+        BK=BK,
+        GROUP=max(1, min(n, _MOST_SUMS // (BK * COLS))),
+        COLS=COLS,
+        PRECISION=PRECISION,
+        num_warps=_WARPS,
+        blocks=triton.cdiv(C, BK),
+        slots=triton.cdiv(T, size) if T else 0,
+        size=size,
+    )
+
+
+_MOST_SUMS = 16384
+"""Elements of dφ in the registers of a program, 64 of each thread."""
+
+
 def gradients(
     X: Tensor,
     phi: Tensor,
@@ -229,6 +292,7 @@ def gradients(
     dh: Tensor | None = None,
     H_pre: Tensor | None = None,
     partial: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dX `[T, n, C]`, rounded once, and parts of dφ `[slots, nC, columns]`, to be added in order.
 
@@ -239,36 +303,20 @@ def gradients(
         dy, norm_grad: `[T, columns]` and `[T]`, float32.
         dh, H_pre: `[T, C]` in the dtype of X, and `[T, n]`; both or none.
         partial: another gradient of X, in its dtype.
+        dtype: of dX, if not that of X.
     """
     T, n, C = X.shape
     columns = phi.shape[1]
-    cut = config(n, C, columns, X.dtype)
-    dX = torch.empty_like(X)
-    blocks = token_blocks(T, cut.BT)
-    size = cut.BT * triton.cdiv(blocks, _SLOTS)  # tokens of a slot
-    slots = triton.cdiv(T, size) if T else 0
-    dphi_parts = phi.new_empty(slots, *phi.shape)
-    warps, group = _group(n, cut)
+    cut = slots(T, n, C, columns, X.dtype)
+    dX = torch.empty_like(X, dtype=dtype)
+    dphi_parts = phi.new_empty(cut.slots, *phi.shape)
     launch(
-        _gradients, (triton.cdiv(C, cut.BK), slots, triton.cdiv(n, group)), dX, dphi_parts,
-        X, phi, dy, norm_grad, dh, H_pre, partial, T, size,
-        n=n, C=C, COLUMNS=columns, GROUP=group, BT=cut.BT, BK=cut.BK, COLS=cut.COLS,
-        PRECISION=cut.PRECISION, num_warps=warps, num_stages=2,
+        _gradients, (cut.blocks, cut.slots, triton.cdiv(n, cut.GROUP)), dX, dphi_parts,
+        X, phi, dy, norm_grad, dh, H_pre, partial, T, cut.size,
+        n=n, C=C, COLUMNS=columns, GROUP=cut.GROUP, BT=cut.BT, BK=cut.BK, COLS=cut.COLS,
+        PRECISION=cut.PRECISION, num_warps=cut.num_warps, num_stages=1,
     )  # fmt: skip
     return dX, dphi_parts
-
-
-def _group(n: int, cut: Config) -> tuple[int, int]:
-    """Warps of a program of `_gradients`, and its streams: all, while dφ fits its registers.
-
-    For each further group dh is read once more.
-    """
-    warps = 8 if cut.COLS > 64 else 4
-    return warps, min(n, warps * _ELEMENTS_PER_WARP // (cut.BK * cut.COLS))
-
-
-_ELEMENTS_PER_WARP = 2048
-"""Of dφ: 64 float32 registers of each thread."""
 
 
 @triton.jit(do_not_specialize=["T", "size"])
@@ -278,21 +326,16 @@ def _gradients(
     BT: tl.constexpr, BK: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * BK
-    begin = tl.program_id(1) * size
+    begin = tl.program_id(1).to(tl.int64) * size
     group = tl.program_id(2) * GROUP if n > GROUP else 0
     channel = block + tl.arange(0, BK)[None, :]
-    column = tl.arange(0, COLS)[None, :]
     token = tl.arange(0, BT)[:, None]
-    sums = ()
-    for _ in tl.static_range(GROUP):
-        sums += (tl.zeros([BK, COLS], tl.float32),)
-    for first in tl.range(begin, tl.minimum(begin + size, T), BT):
-        live = first + token < T
-        row = first.to(tl.int64)
+    weights = load_weights(phi, group, block, n, C, COLUMNS, GROUP, BK, COLS)
+    sums = zero_sums(GROUP, BK, COLS)
+    for row in tl.range(begin, tl.minimum(begin + size, T), BT):
+        live = row + token < T
         inside = live if C % BK == 0 else live & (channel < C)
-        d = tl.load(
-            dy + row * COLUMNS + token * COLUMNS + column, live & (column < COLUMNS), other=0.0
-        )
+        d = load_dy(dy + row * COLUMNS, live, COLUMNS, COLS)
         scale = tl.load(norm_grad + row + token, live, other=0.0)
         if dh is not None:
             gradient = tl.load(dh + row * C + token * C + channel, inside, other=0.0)
@@ -302,8 +345,7 @@ def _gradients(
             mask = inside if n % GROUP == 0 else inside & (stream < n)
             at = row * (n * C) + token * (n * C) + stream * C + channel
             x = tl.load(X + at, mask, other=0.0)
-            weights = load_phi(phi, tl.minimum(stream, n - 1), block, C, COLUMNS, BK, COLS)
-            g = gradient_tile(x, d, scale, weights, PRECISION)
+            g = gradient_tile(x, d, scale, weights[j], PRECISION)
             if dh is not None:
                 live_j = live if n % GROUP == 0 else live & (stream < n)
                 weight = tl.load(H_pre + row * n + token * n + stream, live_j, other=0.0)
@@ -314,10 +356,50 @@ def _gradients(
             added += (multiply(tl.trans(x), d, sums[j], PRECISION),)
         sums = added
     dphi_parts += tl.program_id(1).to(tl.int64) * (n * C * COLUMNS)
-    channels = block + tl.arange(0, BK)[:, None]
+    store_dphi(dphi_parts, sums, group, block, n, C, COLUMNS, GROUP)
+
+
+@triton.jit
+def load_dy(dy, live, COLUMNS: tl.constexpr, COLS: tl.constexpr):
+    """The rows of dy of a block of tokens, [BT, COLS]; live is [BT, 1]."""
+    token = tl.arange(0, live.shape[0])[:, None]
+    column = tl.arange(0, COLS)[None, :]
+    return tl.load(dy + token * COLUMNS + column, live & (column < COLUMNS), other=0.0)
+
+
+@triton.jit
+def load_weights(
+    phi, group, block, n: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr, BK: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The tiles of φ of GROUP streams. Loaded in front of a loop, they stay in shared memory."""
+    weights = ()
     for j in tl.static_range(GROUP):
-        real = (group + j < n) & (channels < C) & (column < COLUMNS)
-        tl.store(dphi_parts + ((group + j) * C + channels) * COLUMNS + column, sums[j], real)
+        stream = tl.minimum(group + j, n - 1)
+        weights += (load_phi(phi, stream, block, C, COLUMNS, BK, COLS),)
+    return weights
+
+
+@triton.jit
+def zero_sums(GROUP: tl.constexpr, BK: tl.constexpr, COLS: tl.constexpr):
+    """Where the sums of dφ begin."""
+    sums = ()
+    for _ in tl.static_range(GROUP):
+        sums += (tl.zeros([BK, COLS], tl.float32),)
+    return sums
+
+
+@triton.jit
+def store_dphi(
+    dphi_parts, sums, group, block, n: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """The sums of a program, as a slot of dφ has them."""
+    channel = block + tl.arange(0, sums[0].shape[0])[:, None]
+    column = tl.arange(0, sums[0].shape[1])[None, :]
+    for j in tl.static_range(GROUP):
+        real = (group + j < n) & (channel < C) & (column < COLUMNS)
+        tl.store(dphi_parts + ((group + j) * C + channel) * COLUMNS + column, sums[j], real)
 
 
 @triton.jit
@@ -331,4 +413,14 @@ def gradient_tile(x, dy, norm_grad, phi, PRECISION: tl.constexpr):
         d = multiply_float32(dy, tl.trans(phi), zeros)
     else:
         d = tl.dot(dy, tl.trans(phi), zeros, input_precision=PRECISION)
-    return tl.fma(norm_grad, x.to(tl.float32), d)
+    return tl.fma(norm_grad, x.to(tl.float32), settled(d))
+
+
+@triton.jit
+def settled(x):
+    """x, where the compiler shall not mix the layout of a product with that of memory.
+
+    It would compute what x is made of, or what is made of x, once in each layout, and keep both:
+    255 registers and a stack. It does not look through a sum, here over one element.
+    """
+    return tl.sum(tl.expand_dims(x, 2), 2)

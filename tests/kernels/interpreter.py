@@ -91,23 +91,44 @@ def _answer(message: bytes) -> tuple[bool, Any]:
         return False, traceback.format_exc()
 
 
-def _round_bfloat16() -> None:
-    """float32 to bfloat16 to nearest even, as devices do: Triton's interpreter truncates."""
+def _as_on_devices() -> None:
+    """Round as devices do, where Triton's interpreter does not.
+
+    It truncates from float32 to bfloat16, multiplies bfloat16 as if its bits were integers, and
+    ignores the precision of a product of float32.
+    """
     from triton.language import bfloat16, float32
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    plain = InterpreterBuilder.cast_impl
+    plain_cast, plain_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast(self: Any, src: Any, dst_type: Any) -> Any:
         if src.dtype.scalar != float32 or dst_type.scalar != bfloat16:
-            return plain(self, src, dst_type)
+            return plain_cast(self, src, dst_type)
         rounded = torch.from_numpy(src.data).to(torch.bfloat16)
         return TensorHandle(rounded.view(torch.uint16).numpy(), dst_type.scalar)
 
-    InterpreterBuilder.cast_impl = cast
+    def dot(self: Any, a: Any, b: Any, d: Any, precision: Any, *args: Any) -> Any:
+        if a.dtype.scalar == bfloat16:
+            a, b = (plain_cast(self, x, float32) for x in (a, b))
+        if precision.name == "TF32x3":
+            (a, a_rest), (b, b_rest) = terms(a), terms(b)
+            d = plain_dot(self, a_rest, b, d, precision, *args)
+            d = plain_dot(self, a, b_rest, d, precision, *args)
+        return plain_dot(self, a, b, d, precision, *args)
+
+    def terms(x: Any) -> tuple[Any, Any]:
+        """x as two tf32 numbers, float32 whose last 13 bits are 0."""
+        high = tf32(x.data)
+        return TensorHandle(high, float32), TensorHandle(tf32(x.data - high), float32)
+
+    def tf32(x: Any) -> Any:
+        return ((x.view("uint32") + 0x1000) & 0xFFFFE000).view("float32")
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _round_bfloat16()
+    _as_on_devices()
     _serve()
