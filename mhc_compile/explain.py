@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from . import swap
-from .capture import as_call, capture, merge
+from .capture import as_call, capture, copy_graph, merge
 from .config import Config
 from .declare import Spec, collect
+from .own import connections
 from .passes.canonicalize import canonicalize
 from .passes.detect import detect
 from .passes.errors import ExampleInputsError
-from .passes.sites import Reason, Rejected, Site
+from .passes.operators import shape_of
+from .passes.recognize import write_backs
+from .passes.sites import Detection, Reason, Rejected, Site
 from .transform import context_of, infer_inputs
 
 __all__ = ["Add", "Explanation", "explain"]
@@ -34,6 +37,7 @@ class Add:
         location: ``file:line``.
         width: C, the size of the channel axis; 0 for a rejected add.
         node: name of the add in the captured graph.
+        detail: what differs, for a hyper-connection of the model's own that is not one of ours.
     """
 
     name: str
@@ -43,11 +47,15 @@ class Add:
     location: str
     width: int
     node: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
 class Explanation:
     """What ``transform`` takes, or took, of a model. Prints as a table.
+
+    Nothing is added to a model that was written with hyper-connections: its sites are those that
+    run on our operators when it is compiled with ``backend="mhc"``.
 
     Attributes:
         model: the model's class name.
@@ -55,6 +63,7 @@ class Explanation:
         sites: the accepted adds, in the order of the forward.
         rejected: the others.
         chains: the accepted adds of each chain.
+        own: whether the sites are hyper-connections that the model was written with.
     """
 
     model: str
@@ -62,6 +71,7 @@ class Explanation:
     sites: Sequence[Add]
     rejected: Sequence[Add]
     chains: Sequence[Sequence[Add]] = field(repr=False)
+    own: bool = False
 
     def __str__(self) -> str:
         from .report.text import table
@@ -98,6 +108,7 @@ def explain(
     declared = _declared_config(model)
     chosen = declared or config or Config()
     gm, inputs = merge(capture(model, *call))
+    own = [] if declared else connections(copy_graph(gm)).own
     context = context_of(gm, inputs, model, chosen)
     canonicalize(gm, context)
     if declared is not None:
@@ -106,6 +117,8 @@ def explain(
     detect(gm, context)
     found = context.detection
     assert found is not None
+    if own:
+        return _explain_own(model, own, found, {w.node for w in write_backs(gm.graph)})
     adds = {s: _add(model, s, s.chain, "excluded" if s.excluded else s.reason) for s in found.sites}
     return Explanation(
         model=type(model).__name__,
@@ -113,6 +126,32 @@ def explain(
         sites=list(adds.values()),
         rejected=[_add(model, r, -1, r.reason) for r in found.rejected],
         chains=[[adds[s] for s in chain] for chain in found.chains],
+    )
+
+
+def _explain_own(
+    model: nn.Module, own: Sequence[Site | Rejected], found: Detection, written: set[fx.Node]
+) -> Explanation:
+    """The connections of a model that was written with some, and every other add.
+
+    Args:
+        written: the sums in which these connections end.
+    """
+    sites = [s for s in own if isinstance(s, Site)]
+    adds = [_add(model, s, s.chain, s.reason) for s in sites]
+    others = [r for r in found.rejected if r.node not in written]
+    plain = [s for s in found.sites if s.node not in written]
+    return Explanation(
+        model=type(model).__name__,
+        n=max((int(shape_of(s.x)[-2]) for s in sites), default=1),  # type: ignore[call-overload]
+        sites=adds,
+        rejected=[
+            *(_add(model, r, -1, r.reason) for r in own if isinstance(r, Rejected)),
+            *(_add(model, s, -1, Reason.OWN_CONNECTIONS) for s in plain),
+            *(_add(model, r, -1, r.reason) for r in others),
+        ],
+        chains=[[a for a in adds if a.chain == k] for k in dict.fromkeys(a.chain for a in adds)],
+        own=True,
     )
 
 
@@ -125,8 +164,8 @@ def _declared_config(model: nn.Module) -> Config | None:
 
 def _add(model: nn.Module, found: Site | Rejected, chain: int, reason: str) -> Add:
     location = found.location or _source_of(model, found.owner)
-    node = found.node.name
-    return Add(found.name, found.owner, chain, reason, location, found.width, node)
+    node, detail = found.node.name, getattr(found, "detail", "")
+    return Add(found.name, found.owner, chain, reason, location, found.width, node, detail)
 
 
 def _source_of(model: nn.Module, path: str) -> str:

@@ -369,7 +369,7 @@ def _own_site(made: _Coefficients, before: Sequence[Site]) -> Site:
         width=made.width,
         chain=previous.chain if previous else len({s.chain for s in before}),
         position=previous.position + 1 if previous else 0,
-        reason="; ".join((f"{reading.variant.text}, n = {reading.mapping.n}", *made.remarks)),
+        reason="; ".join((f"recognised: {reading.variant.text}", *made.remarks)),
         location=location_of(node),
         parameters=_placeholders([reading.mapping.phi, alpha, bias]),
     )

@@ -54,7 +54,8 @@ _TEMPLATE = """\
 <thead><tr><th>add</th><th>why</th><th>where</th></tr></thead>
 <tbody>
 {% for add in adds %}
-<tr class="rejected"><td><code>{{ add.name }}</code></td><td>{{ add.reason }}</td>\
+<tr class="rejected"><td><code>{{ add.name }}</code></td>\
+<td>{{ add.reason }}{% if add.detail %}: {{ add.detail }}{% endif %}</td>\
 <td><code>{{ add.location }}</code></td></tr>
 {% endfor %}
 </tbody>

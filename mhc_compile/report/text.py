@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -34,19 +34,23 @@ def table(explanation: Explanation, *, width: int = WIDTH) -> str:
     console.print(summary(explanation))
     if explanation.sites:
         console.print("\naccepted")
-        rows = [("+", a.name, f"C = {a.width}", a.reason, where(a)) for a in explanation.sites]
-        console.print(_grid(rows, names))
+        rows: list[tuple[str, ...]] = [
+            ("+", a.name, f"C = {a.width}", a.reason, where(a)) for a in explanation.sites
+        ]
+        console.print(_grid(rows, names, width))
     for reason, adds in by_reason(explanation.rejected).items():
         console.print(f"\nrejected: {reason}")
-        console.print(_grid([("-", add.name, where(add)) for add in adds], names))
+        rows = [("-", add.name, *_detail(add), where(add)) for add in adds]
+        console.print(_grid(rows, names, width))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def summary(explanation: Explanation) -> str:
     """One line: how many adds were accepted and rejected."""
     sites, chains = len(explanation.sites), len(explanation.chains)
+    whose = " of its own" if explanation.own else ""
     return (
-        f"{explanation.model}: {_count(sites, 'site')} in {_count(chains, 'chain')}, "
+        f"{explanation.model}: {_count(sites, 'site')}{whose} in {_count(chains, 'chain')}, "
         f"n = {explanation.n}; {_count(len(explanation.rejected), 'add')} rejected"
     )
 
@@ -64,12 +68,23 @@ def where(add: Add) -> str:
     return "/".join(add.location.split("/")[-2:])
 
 
-def _grid(rows: Iterable[tuple[str, ...]], names: int) -> Table:
+def _detail(add: Add) -> tuple[str, ...]:
+    """A cell for what differs, if the reason alone does not say it."""
+    return (add.detail,) if add.detail else ()
+
+
+def _grid(rows: Sequence[tuple[str, ...]], names: int, width: int) -> Table:
+    """Rows of which long words are folded before names are, and places never."""
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sizes[1] = names
+    words, room = len(sizes) - 2, width - 2 * len(sizes)
+    if words > 1 and sum(sizes) > room:
+        sizes[1] = min(names, max(map(len, (row[1] for row in rows))), width // 3)
+        sizes[words] = max(room - sum(sizes) + sizes[words], 16)
     grid = Table.grid(padding=(0, 2))
-    for position, row in enumerate(rows):
-        if position == 0:
-            for column in range(len(row)):
-                grid.add_column(overflow="fold", min_width=names if column == 1 else None)
+    for size in sizes:
+        grid.add_column(overflow="fold", width=size)
+    for row in rows:
         grid.add_row(*row)
     return grid
 
