@@ -125,9 +125,9 @@ def seam(
     variant: Variant,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """X' = H_res X + H_postᵀ f, then of the next site h, H_pre, H_post, H_res, y, 1 / r, from X'."""
-    X2, *parts = post_res_project(H_res, H_post, X, f, phi)
-    found = _chain_forward(X2, *parts, alpha, bias, variant, eps)
+    """X' = H_res X + H_postᵀ f, and from X' of the next site h, H_pre, H_post, H_res, y, 1 / r."""
+    X2, y_parts, square_parts = post_res_project(H_res, H_post, X, f, phi)
+    found = _chain_forward(X2, y_parts, square_parts, alpha, bias, variant, eps)
     return (X2, pre(found[0], X2), *found)
 
 
@@ -155,10 +155,10 @@ def seam_backward(
     dy, norm_grad, chain_sums = _chain_backward(
         dots(dh, X2), dH_post_next, dH_res_next, X2, alpha, bias, y, inv_r, variant
     )
-    *closed, dphi_parts = seam_gradients(
+    dH_res, dH_post, dX, df, dphi_parts = seam_gradients(
         dh, H_pre_next, X2, phi, dy, norm_grad, partial, H_res, H_post, X, f
     )
-    return *_parameters(dphi_parts, chain_sums, X2, variant), *closed
+    return *_parameters(dphi_parts, chain_sums, X2, variant), dH_res, dH_post, dX, df
 
 
 # --- the generated chain --------------------------------------------------------------------------

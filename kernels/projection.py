@@ -45,8 +45,9 @@ Eight fill a GPU from about 1,000 tokens on."""
 _SLOTS = 8
 """Parts of dφ: ranges of tokens, each as large as φ."""
 
-_WARPS = 4 if torch.version.hip else 8
-"""Of a program, 256 threads on AMD and NVIDIA alike: 8 elements of a tile of 16 bits for each."""
+_THREADS = 256
+_WARPS = _THREADS // (64 if torch.version.hip else 32)
+"""Of a program: as many threads as a tile has 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -262,9 +263,8 @@ class Slots:
 def slots(T: int, n: int, C: int, columns: int, dtype: torch.dtype) -> Slots:
     """The cut for streams of this shape and dtype; errors as in `config`."""
     COLS, PRECISION = _columns(n, columns), _precision(dtype)
-    # 16 bytes of each thread.
-    BK = min(64, max(16, triton.next_power_of_2(C)))
-    BT = 32 if dtype.itemsize == 2 else 16
+    BK = min(64 if COLS <= 64 else 32, max(16, triton.next_power_of_2(C)))
+    BT = _THREADS * (16 // dtype.itemsize) // BK  # 16 bytes of each thread
     size = BT * triton.cdiv(triton.cdiv(T, BT), _SLOTS)
     return Slots(
         BT=BT,
@@ -279,8 +279,8 @@ def slots(T: int, n: int, C: int, columns: int, dtype: torch.dtype) -> Slots:
     )
 
 
-_MOST_SUMS = 16384
-"""Elements of dφ in the registers of a program, 64 of each thread."""
+_MOST_SUMS = 8192
+"""Elements of dφ in the registers of a program, 32 of each thread."""
 
 
 def gradients(

@@ -78,8 +78,8 @@ def _forward(
     token = tl.arange(0, BT)[:, None]
     live = first + token < T
     rows = first * C + token * C
-    weights = load_numbers(H_res + first * (n * n) + token * (n * n), live, n * n)
-    posts = load_numbers(H_post + first * n + token * n, live, n)
+    H_res += first * (n * n) + token * (n * n)
+    H_post += first * n + token * n
     total = tl.zeros([BT, COLS], tl.float32)
     squares = tl.zeros([BT, BK], tl.float32)
     for block in tl.range(begin, tl.minimum(begin + SLICE, C), BK):
@@ -88,7 +88,10 @@ def _forward(
         streams = load_streams(X + rows * n + channel, mask, C, n)
         branch = tl.load(f + rows + channel, mask, other=0.0)
         for i in tl.static_range(n):
-            mixed = settled(mix(streams, branch, weights, i * n, posts[i], n))
+            # Read again for every block, from L1: in registers they would be too many.
+            weights = load_numbers(H_res + i * n, live, n)
+            post = tl.load(H_post + i, live, other=0.0)
+            mixed = settled(mix(streams, branch, weights, 0, post, n))
             x = mixed.to(X2.dtype.element_ty)
             tl.store(X2 + rows * n + i * C + channel, x, mask)
             if C % BK != 0:  # beyond C an infinite coefficient makes NaN of 0
