@@ -1,23 +1,23 @@
 """Which implementation computes an operator of a site.
 
     cpu      C++, built on first use
+    gpu      Triton, on CUDA devices, NVIDIA's and AMD's
     eager    ordinary PyTorch, on any device
 
 Every implementation has the tensor contract of `eager`.
 """
 
+import functools
+import importlib
+import importlib.util
 from types import ModuleType
 
 import torch
 
-from . import codegen_cpp, cpu, eager
-from .dtypes import compute_dtype
+from . import cpu, eager
 from .variants import Variant
 
-__all__ = ["NAMES", "implementation", "sources"]
-
-NAMES = {cpu: "C++", eager: "PyTorch"}
-"""What an implementation is written in."""
+__all__ = ["implementation"]
 
 
 def implementation(
@@ -30,11 +30,22 @@ def implementation(
     """
     if device.type == "cpu" and cpu.supports(dtype, n, variant):
         return cpu
+    if device.type == "cuda" and _has_matrix_units(device.index):
+        gpu = _gpu()
+        if gpu is not None and gpu.supports(dtype, n):
+            return gpu
     return eager
 
 
-def sources(kernels: ModuleType, dtype: torch.dtype, n: int, variant: Variant) -> dict[str, str]:
-    """The text that an implementation generates for the coefficients of a variant, by language."""
-    if kernels is cpu:
-        return {"C++": codegen_cpp.chain_source(variant, n, compute_dtype(dtype))}
-    return {}
+@functools.cache
+def _has_matrix_units(index: int | None) -> bool:
+    """Whether a device multiplies bfloat16 matrices; NVIDIA's do since compute capability 8.0."""
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+@functools.cache
+def _gpu() -> ModuleType | None:
+    """The Triton implementation; None where Triton is not installed, as on Windows and macOS."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(".gpu", __package__)
