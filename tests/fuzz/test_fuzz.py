@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from torch import Tensor, fx, nn
 
 import mhc_compile
-from mhc_compile import Config
+from mhc_compile import Config, backend
 from mhc_compile.capture import copy_graph
 from mhc_compile.passes import detect as detector
 from mhc_compile.passes.canonicalize import canonicalize
@@ -23,6 +24,7 @@ from mhc_compile.passes.detect import detect
 from mhc_compile.passes.errors import NoSitesError
 from mhc_compile.transform import context_of
 from tests.zoo import checks
+from tests.zoo.rewritten import Captured
 
 from .capture import captured
 from .oracle import residual_adds
@@ -30,6 +32,15 @@ from .programs import FEATURES, Program, programs
 
 CHUNKS = 4  # each a test of its own, for pytest-xdist; and the seed of its programs
 EXAMPLES = int(os.environ.get("MHC_FUZZ_EXAMPLES", "320"))  # a fifth of them are repetitions
+
+EVERY = 1 if EXAMPLES > 1000 else 8  # programs whose passes are also left out one by one
+
+OPEN = ("recognize", "defer_norm", "fuse_coefficients")
+"""Without these a graph has the open form that `widen` writes: the meaning of the rest."""
+SELECTIONS: list[dict[str, Any]] = [
+    *({"disabled": (name,)} for name in OPEN),
+    {"defer_norms": True},
+]
 
 Sites = list[tuple[str, int]]  # name of the add, number of its chain
 
@@ -112,7 +123,7 @@ def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> checks.Run:
 
 
 def check_program(program: Program) -> None:
-    """Sites are the oracle's; at init nothing changes; perturbed, something does."""
+    """Sites are the oracle's; at init nothing changes; perturbed, all passes compute the same."""
     sites = check_sites(program)
     model, inputs = program.build(), program.inputs()
     tolerance = 1e-11 if program.exact else 1e-5  # float32 on the way rounds differently
@@ -124,15 +135,31 @@ def check_program(program: Program) -> None:
 
     mhc_compile.transform(model, n=program.n, example_inputs=inputs)
     assert len(list(mhc_compile.parameters(model))) == 3 * len(sites)
-    equal = run(model, inputs)
-    assert checks.output_error(equal.outputs, plain.outputs) < tolerance
-    assert checks.gradient_error(equal.gradients, plain.gradients) < 100 * tolerance
+    calls = Captured(model)
+    with patch.object(backend, "eager", calls.backend):
+        equal = run(model, inputs)
+    assert_equal(equal, plain, tolerance)
 
     checks.perturb(model)
     other = run(model, inputs)
     assert all(o.isfinite().all() for o in other.outputs)
     assert all(g.isfinite().all() for g in other.gradients.values())
     assert checks.output_error(other.outputs, plain.outputs) > 10 * tolerance
+    number = sum(repr(program).encode())
+    if number % EVERY == 0:
+        check_passes(calls, number // EVERY, tolerance)
+
+
+def check_passes(calls: Captured, number: int, tolerance: float) -> None:
+    """All passes, and one of the other selections, compute what the open form computes."""
+    truth = calls.run(calls.eagerly(disabled=OPEN))
+    for changes in ({}, SELECTIONS[number % len(SELECTIONS)]):
+        assert_equal(calls.run(calls.eagerly(**changes)), truth, tolerance)
+
+
+def assert_equal(actual: checks.Run, expected: checks.Run, tolerance: float) -> None:
+    assert checks.output_error(actual.outputs, expected.outputs) < tolerance
+    assert checks.gradient_error(actual.gradients, expected.gradients) < 100 * tolerance
 
 
 @pytest.mark.timeout(0 if EXAMPLES > 1000 else 1200)

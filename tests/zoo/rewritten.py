@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import mhc_compile
-from mhc_compile import Config, _torch, backend
+from mhc_compile import Config, _torch
+from mhc_compile.backend import eager, mhc
 from mhc_compile.capture import copy_graph
 from mhc_compile.declare import Spec, declaration_nodes
 from mhc_compile.passes.runner import HistoryEntry
@@ -59,48 +60,57 @@ class Rewritten:
 
 
 class Captured:
-    """A call of a model, perturbed and captured.
+    """The graph of a transformed model's calls: what a backend is given.
 
-    Args:
-        model: is transformed.
-        inputs: of each of the calls, which all must fit one graph.
-        config: with which the model is transformed; tests change parts of it afterwards.
+    Attributes:
+        calls: the inputs of the graph, for each call.
     """
 
-    def __init__(
-        self, model: nn.Module, *inputs: Mapping[str, Any], config: Config | None = None
-    ) -> None:
-        self.model = mhc_compile.transform(model, example_inputs=inputs[0], config=config)
-        perturb(model)
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.calls: list[tuple[Any, ...]] = []
-        graphs: list[fx.GraphModule] = []
+        self._graphs: list[fx.GraphModule] = []
 
-        def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            graphs.append(copy_graph(gm))
-            run = backend.eager(gm, example_inputs)
-
-            def call(*arguments: Any) -> Any:
-                self.calls.append(arguments)
-                return run(*arguments)
-
-            return call
-
+    @classmethod
+    def perturbed(
+        cls, model: nn.Module, *inputs: Mapping[str, Any], config: Config | None = None
+    ) -> Captured:
+        """Transform a model, perturb it and call it; all calls must fit one graph."""
+        mhc_compile.transform(model, example_inputs=inputs[0], config=config)
+        perturb(model)
+        found = cls(model)
         dynamic = True if len(inputs) > 1 else None
-        compiled = torch.compile(model, backend=record, fullgraph=True, dynamic=dynamic)
+        compiled = torch.compile(model, backend=found.backend, fullgraph=True, dynamic=dynamic)
         for each in inputs:
             compiled(**each)
-        (self.graph,) = graphs
         torch._dynamo.reset()
+        return found
+
+    def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """In the place of the backend of plain calls, which it uses."""
+        self._graphs.append(copy_graph(gm))
+        run = eager(gm, example_inputs)
+
+        def call(*arguments: Any) -> Any:
+            self.calls.append(arguments)
+            return run(*arguments)
+
+        return call
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        (graph,) = self._graphs
+        return graph
 
     def eagerly(self, **changes: Any) -> Rewritten:
         """The graph behind the passes, for a configuration with some options changed."""
-        return self._rewritten(backend.eager, changes)
+        return self._rewritten(eager, changes)
 
     def partitioned(self, **changes: Any) -> Rewritten:
         """The same, as forward and backward graphs that went through their own passes."""
         saved: list[Tensor] = []
         with patch.object(_torch, "compile_inductor", partial(partition, saved=saved)):
-            return self._rewritten(backend.mhc, changes, saved)
+            return self._rewritten(mhc, changes, saved)
 
     def _rewritten(
         self, lower: Callable[..., Any], changes: Mapping[str, Any], saved: Any = ()

@@ -42,8 +42,8 @@ def gpt(dtype: torch.dtype, dropout: float = 0.0) -> torch.nn.Module:
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=str)
 def test_each_selection_of_passes_is_as_exact_as_the_open_form(dtype: torch.dtype) -> None:
     """At most twice as far from the open form in float64."""
-    captured = Captured(gpt(dtype), {"ids": ids()})
-    exact = Captured(gpt(dtype).double(), {"ids": ids()})
+    captured = Captured.perturbed(gpt(dtype), {"ids": ids()})
+    exact = Captured.perturbed(gpt(dtype).double(), {"ids": ids()})
     truth = exact.run(exact.eagerly(disabled=OPEN))
     selections = [captured.eagerly(disabled=off) for off in (*PREFIXES, *ALONE)]
     selections += [captured.partitioned(disabled=off) for off in ((), ("fuse_seams",))]
@@ -55,7 +55,7 @@ def test_each_selection_of_passes_is_as_exact_as_the_open_form(dtype: torch.dtyp
 
 
 def test_dropout_draws_the_same_numbers_whatever_passes_run() -> None:
-    captured = Captured(gpt(FP64, dropout=0.3).train(), {"ids": ids()})
+    captured = Captured.perturbed(gpt(FP64, dropout=0.3).train(), {"ids": ids()})
     truth = captured.run(captured.eagerly(disabled=OPEN))
     for rewritten in (
         *(captured.eagerly(disabled=off) for off in (*PREFIXES, *ALONE)),
@@ -67,7 +67,7 @@ def test_dropout_draws_the_same_numbers_whatever_passes_run() -> None:
 
 @torch.no_grad()
 def test_inference_graphs_equal_the_open_form() -> None:
-    captured = Captured(gpt(FP64, dropout=0.3).eval(), {"ids": ids()})
+    captured = Captured.perturbed(gpt(FP64, dropout=0.3).eval(), {"ids": ids()})
     truth = captured.run(captured.eagerly(disabled=OPEN))
     fused = captured.partitioned()
     for rewritten in (*(captured.eagerly(disabled=off) for off in (*PREFIXES, *ALONE)), fused):
@@ -77,7 +77,7 @@ def test_inference_graphs_equal_the_open_form() -> None:
 
 def test_one_graph_for_all_sizes() -> None:
     calls = [{"ids": ids(batch, length)} for batch, length in ((2, 5), (3, 7))]
-    captured = Captured(gpt(FP64), *calls)
+    captured = Captured.perturbed(gpt(FP64), *calls)
     widened = captured.eagerly(disabled=OPEN)
     for off in (*PREFIXES, *ALONE):
         rewritten = captured.eagerly(disabled=off)
@@ -91,7 +91,7 @@ def test_one_graph_for_all_sizes() -> None:
 
 def test_each_version_in_the_history_is_python_that_runs() -> None:
     """From `widen` on it computes the same; what a pass says of itself is true."""
-    captured = Captured(gpt(FP64), {"ids": ids()})
+    captured = Captured.perturbed(gpt(FP64), {"ids": ids()})
     rewritten = captured.eagerly()
     truth, code = captured.run(rewritten), ""
     assert [entry.name for entry in rewritten.history] == ["capture", *NAMES]
@@ -105,7 +105,7 @@ def test_each_version_in_the_history_is_python_that_runs() -> None:
 
 
 def test_each_version_of_a_partitioned_graph_is_python_that_runs() -> None:
-    captured = Captured(gpt(FP64), {"ids": ids()})
+    captured = Captured.perturbed(gpt(FP64), {"ids": ids()})
     fused = captured.partitioned()
     captured.run(fused)
     entries = [entry for entry in fused.history if entry.graph != "captured"]
@@ -126,7 +126,7 @@ def test_each_version_of_a_partitioned_graph_is_python_that_runs() -> None:
 
 def test_a_pass_with_nothing_to_do_says_so() -> None:
     """Without `widen` there is no site to fuse; a disabled pass is named as that."""
-    captured = Captured(gpt(FP64), {"ids": ids()})
+    captured = Captured.perturbed(gpt(FP64), {"ids": ids()})
     rewritten = captured.eagerly(disabled=("widen", "lower"))
     captured.run(rewritten)
     for name in NAMES[WIDENED:]:
@@ -174,7 +174,7 @@ class Normed(nn.Module):
 def test_deferring_the_users_norms_keeps_at_most_their_products(dtype: torch.dtype) -> None:
     """The derivative of 1 / r reads them; without, x̂ is computed again from x and r."""
     torch.manual_seed(0)
-    captured = Captured(Normed().to(dtype), {"x": torch.randn(5, 8, dtype=dtype)})
+    captured = Captured.perturbed(Normed().to(dtype), {"x": torch.randn(5, 8, dtype=dtype)})
     plain, deferred = captured.partitioned(), captured.partitioned(defer_norms=True)
     for rewritten in (plain, deferred):
         captured.run(rewritten)
