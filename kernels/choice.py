@@ -14,10 +14,11 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, eager
+from . import codegen_cpp, cpu, eager
+from .dtypes import compute_dtype
 from .variants import Variant
 
-__all__ = ["implementation"]
+__all__ = ["implementation", "language", "source"]
 
 
 def implementation(
@@ -49,3 +50,17 @@ def _gpu() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module(".gpu", __package__)
+
+
+def language(kernels: ModuleType) -> str:
+    """What an implementation is written in."""
+    return {cpu: "C++", eager: "PyTorch"}.get(kernels, "Triton")
+
+
+def source(kernels: ModuleType, dtype: torch.dtype, n: int, variant: Variant) -> str | None:
+    """The text that an implementation generates for the coefficients; None if it needs none."""
+    if kernels is eager:
+        return None
+    if kernels is cpu:
+        return codegen_cpp.chain_source(variant, n, compute_dtype(dtype))
+    return kernels.codegen.source(variant, n)

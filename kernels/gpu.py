@@ -23,6 +23,7 @@ from .eager import Coefficients, Gradients
 from .launch import launch, token_blocks
 from .post_res import post_res, post_res_backward
 from .pre import dots, pre, pre_backward
+from .readout import expand, expand_backward, readout, readout_backward
 from .seam import post_res_project, seam_gradients
 from .variants import Variant
 
@@ -31,10 +32,14 @@ __all__ = [
     "coefficients_backward",
     "coefficients_pre",
     "coefficients_pre_backward",
+    "expand",
+    "expand_backward",
     "post_res",
     "post_res_backward",
     "pre",
     "pre_backward",
+    "readout",
+    "readout_backward",
     "seam",
     "seam_backward",
     "supports",

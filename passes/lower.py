@@ -43,14 +43,15 @@ def emitted(gm: fx.GraphModule) -> dict[str, str]:
     for node in gm.graph.nodes:
         if str(node.target) == "mhc.coefficients.default":
             call, variant = _call_of(node), parse_variant(node.args[4])
-            for language, text in choice.sources(call.kernels, call.dtype, call.n, variant).items():
-                found[f"{variant.text}, n = {call.n}, {language}"] = text
+            text = choice.source(call.kernels, call.dtype, call.n, variant)
+            if text is not None:
+                found[f"{variant.text}, n = {call.n}, {choice.language(call.kernels)}"] = text
     return found
 
 
 def _implementation(node: fx.Node) -> str:
     call = _call_of(node)
-    return "PyTorch" if call is None else choice.NAMES[call.kernels]
+    return "PyTorch" if call is None else choice.language(call.kernels)
 
 
 def _call_of(node: fx.Node) -> Any:
