@@ -21,7 +21,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -307,21 +307,22 @@ class _Products:
         return user if plain and not others else node
 
     def _bind(self, operand: fx.Node, known: Known, reader: fx.Node) -> None:
-        """Give X and f their values: operands that show ``[..., n, C]`` or ``[..., C]``."""
+        """Give X and f their values: operands that show ``[..., n, C]``, else ``[..., C]``."""
         leads = {v.lead: shape_of(n)[: v.lead] for n, v in known.items() if isinstance(v, Value)}
-        for lead, tokens in leads.items():
-            way = way_up(operand, until=lambda n: self._tail(n, lead, tokens) is not None)  # noqa: B023
-            tail, source = self._tail(way[-1], lead, tokens), strip_casts(way[-1])
-            if tail is not None and self.others.setdefault(tail, source) is source:
-                known[way[-1]] = Value(self.f if len(tail) == 1 else self.X, lead)
-                evaluate_down(way, known)
-                return
+        for tail, data in (((self.n, self.width), self.X), ((self.width,), self.f)):
+            for lead, tokens in leads.items():
+                ends = partial(self._has, tail=tail, lead=lead, tokens=tokens)
+                way = way_up(operand, until=ends)
+                source = strip_casts(way[-1])
+                if ends(way[-1]) and self.others.setdefault(tail, source) is source:
+                    known[way[-1]] = Value(data, lead)
+                    evaluate_down(way, known)
+                    return
 
-    def _tail(self, node: fx.Node, lead: int, tokens: tuple[object, ...]) -> tuple[int, ...] | None:
+    @staticmethod
+    def _has(node: fx.Node, tail: tuple[int, ...], lead: int, tokens: tuple[object, ...]) -> bool:
         shape = shape_of(node)
-        tail: Any = shape[lead:]
-        fits = is_float_tensor(node) and same_sizes(shape[:lead], tokens)
-        return tail if fits and tail in ((self.n, self.width), (self.width,)) else None
+        return is_float_tensor(node) and shape[lead:] == tail and same_sizes(shape[:lead], tokens)
 
 
 @cache

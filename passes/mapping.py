@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 
+_SUMS = ("add", "sub", "subtract")
+
+
 @dataclass(frozen=True)
 class Mapping:
     """A product of flattened streams with a φ that has as many columns as some variant.
@@ -281,13 +284,26 @@ class _Reader:
         """Give α, b, and the rms of x⃗ their values."""
         if self.mapping.eps is None and self._bind_rms(operand, known):
             return
+        met = self._met(operand, known, reader)
         way = way_up(operand)
         whole = self._whole(way[-1], operand)
         if whole is not None:
             known[way[-1]] = Value(whole.unsqueeze(0), 0)
             evaluate_down(way, known)
-        else:
-            self._bind_part(operand, known, reader)
+        elif met is not None:
+            self._bind_part(operand, known, met, op_name(reader))
+        if met is not None and met.factor is not None and op_name(reader) in _SUMS:
+            self.parameters.alphas.setdefault(met.part, met.factor)
+
+    def _met(self, operand: fx.Node, known: Known, reader: fx.Node) -> Met | None:
+        """The columns that an operand meets in its reader, if it does."""
+        others = [known.get(n) for n in reader.all_input_nodes if n is not operand]
+        shape = shape_of(operand)
+        if len(others) != 1 or not isinstance(others[0], Value) or others[0].lead != self.lead:
+            return None
+        if len(shape) > len(others[0].tail) or not all(type(size) is int for size in shape):
+            return None
+        return self.oracle.part_of(others[0].data)
 
     def _bind_rms(self, operand: fx.Node, known: Known) -> bool:
         rms = root_mean_square(operand)
@@ -312,33 +328,21 @@ class _Reader:
             return self.oracle.alpha[: int(shape[0])]  # type: ignore[call-overload]
         return None
 
-    def _bind_part(self, operand: fx.Node, known: Known, reader: fx.Node) -> None:
-        """Give an operand the value of a part of α or b, by the columns that it meets."""
-        others = [known.get(n) for n in reader.all_input_nodes if n is not operand]
-        shape = shape_of(operand)
-        if len(others) != 1 or not isinstance(others[0], Value) or others[0].lead != self.lead:
-            return
-        if len(shape) > len(others[0].tail) or not all(type(size) is int for size in shape):
-            return
-        met = self.oracle.part_of(others[0].data)
-        if met is None:
-            return
-        data = self._part(operand, met, op_name(reader))
-        if data is not None:
-            known[operand] = Value(data.reshape(shape).unsqueeze(0), 0)  # type: ignore[arg-type]
-
-    def _part(self, operand: fx.Node, met: Met, name: str) -> Tensor | None:
-        found, size = self.parameters, math.prod(shape_of(operand))  # type: ignore[arg-type]
+    def _bind_part(self, operand: fx.Node, known: Known, met: Met, name: str) -> None:
+        """Give an operand the value of a part of α or b."""
+        shape: Any = shape_of(operand)
+        found, size = self.parameters, math.prod(shape)
+        data: Tensor | None = None
         if size == 1 and name in ("mul", "multiply") and met.part not in found.alphas:
             found.alphas[met.part] = operand
-            return self.oracle.alpha[met.part]
-        adds = name in ("add", "sub", "subtract") and met.part not in found.biases
-        flat = met.flipped and len(shape_of(operand)) < 2  # its order is not that of b
-        if not adds or flat or size != self.oracle.sizes[met.part] or met.factor is None:
-            return None
-        found.alphas.setdefault(met.part, met.factor)
-        found.biases[met.part] = operand, met.flipped
-        return self.oracle.bias_of(met)
+            data = self.oracle.alpha[met.part]
+        flat = met.flipped and len(shape) < 2  # its order is not that of b
+        fits = size == self.oracle.sizes[met.part] and met.factor is not None and not flat
+        if fits and name in _SUMS and met.part not in found.biases:
+            found.biases[met.part] = operand, met.flipped
+            data = self.oracle.bias_of(met)
+        if data is not None:
+            known[operand] = Value(data.reshape(shape).unsqueeze(0), 0)
 
 
 def require_one_precision(nodes: Iterable[fx.Node], dtype: torch.dtype) -> None:

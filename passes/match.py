@@ -11,7 +11,8 @@ Note [Matching by evaluation]
     functions, applied to each token alone. Two such functions that differ at all differ almost
     everywhere, so agreement of float64 values to 1e-12 on random tokens means equality, in
     derivatives as well. Clamps, branches, random numbers, ``detach``, and whatever looks at several
-    tokens have no rule: a region ends there.
+    tokens have no rule: a region ends there. The largest of some values may be any number: the
+    results that agree do not depend on it.
 """
 
 from __future__ import annotations

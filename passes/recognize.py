@@ -28,7 +28,7 @@ from .dataflow import erase_dead_code, unread
 from .fake import Writer
 from .identify import residuals
 from .mapping import mapping_of, place_of
-from .match import strip_casts
+from .match import is_view, strip_casts
 from .operators import Kind, dtype_of, holds_tensor, is_float_tensor, kind_of, op_name, shape_of
 from .sites import Reason, Rejected, location_of
 
@@ -120,8 +120,8 @@ def _columns(product: fx.Node) -> int:
     return int(shape_of(product)[-1])  # type: ignore[call-overload]
 
 
-def _join(group: list[fx.Node]) -> bool:
-    """One product in the place of those of pre, post and res, in this order."""
+def _join(group: list[fx.Node]) -> int:
+    """One product in the place of those of pre, post and res, in this order; how many they were."""
     first = min(group)
     write = Writer(first, first)
     ordered = _in_order(group)
@@ -130,7 +130,7 @@ def _join(group: list[fx.Node]) -> bool:
     parts = write.call("split", y, [_columns(product) for product in ordered], -1)
     for i, product in enumerate(ordered):
         product.replace_all_uses_with(write.call(operator.getitem, parts, i))
-    return True
+    return len(group)
 
 
 def _phi(product: fx.Node, write: Writer) -> fx.Node:
@@ -298,7 +298,8 @@ def _difference(found: WriteBack) -> tuple[Reason, str]:
     """The kind of difference from our operators, and the difference."""
     n, width = found.n, found.width
     data = [_data(product) for product in found.products]
-    normalised = {_normalised(node) for node in _above(data, stop=_is_product)}
+    way = _above(data, stop=_is_product)
+    normalised = {_normalised(node) for node in way}
     alone = []
     if width in normalised and n * width not in normalised:
         alone.append("normalised")
@@ -307,7 +308,13 @@ def _difference(found: WriteBack) -> tuple[Reason, str]:
     if alone:
         reason = Reason.OWN_NORM if "normalised" in alone else Reason.OWN_PROJECTION
         return reason, f"each of its {n} streams is {' and '.join(alone)} by itself"
-    columns = " and ".join(str(_columns(product)) for product in found.products)
+    rounded = next((node for node in way if kind_of(node) is Kind.CAST and not is_view(node)), None)
+    if rounded is not None:
+        what = f"its streams are rounded to {dtype_of(rounded)} in front of the projection"
+        return Reason.OWN_PRECISION, what
+    columns = sum(_columns(product) for product in found.products)
+    if residuals(n, columns - 2 * n):
+        return Reason.OWN_PROJECTION, f"what it projects are not its {n} streams side by side"
     return (
         Reason.OWN_PROJECTION,
         f"its {n} streams are projected to {columns} numbers, which no variant has "

@@ -14,6 +14,7 @@ Note [Tokens]
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -374,6 +375,34 @@ def _einsum(call: _Call) -> Value:
     return Value(torch.einsum(spelled, *(v.data for v in values)), values[0].lead)
 
 
+def _largest(call: _Call) -> Any:
+    """The largest over tail dimensions, as ANY numbers: what is right for all is right for these.
+
+    It is no analytic function, but where it is subtracted from logits for the range of exp, the
+    result does not depend on it. ``max`` gives indices beside.
+    """
+    x, dims = call.first, [_from_end(d, call.first) for d in _flat(call.argument(1, "dim"))]
+    shape = list(x.data.shape)
+    for dim in dims:
+        shape[dim] = 1
+    seed = zlib.crc32(call.node.name.encode())
+    drawn = torch.randn(shape, dtype=x.data.dtype, generator=torch.Generator().manual_seed(seed))
+    if not call.argument(2, "keepdim", default=False):
+        drawn = drawn.squeeze(dims)
+    value = Value(drawn, x.lead)
+    return (value, value) if op_name(call.node) == "max" else value
+
+
+def _detach(call: _Call) -> Value:
+    """Of a value on which, as ``_largest`` has it, nothing depends; elsewhere it cuts gradients."""
+    source = call.node.args[0]
+    while isinstance(source, fx.Node) and op_name(source) == "getitem":
+        source = source.args[0]
+    if not isinstance(source, fx.Node) or op_name(source) not in ("amax", "max"):
+        raise _NoRule
+    return call.first
+
+
 def _sinkhorn_knopp(call: _Call) -> Value:
     iterations, eps = call.argument(1, "iters"), call.argument(2, "eps", default=0.0)
     return Value(reference.sinkhorn_knopp(call.first.data, iterations, eps), call.first.lead)
@@ -428,5 +457,7 @@ _RULES: dict[str, Callable[[_Call], Any]] = {
     "stack": _joined(torch.stack, new=1),
     **_names("matmul bmm", _matmul),
     "einsum": _einsum,
+    **_names("amax max", _largest),
+    "detach": _detach,
     "sinkhorn_knopp": _sinkhorn_knopp,
 }
