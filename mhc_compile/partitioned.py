@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .passes.pipeline import PARTITIONED
 from .passes.runner import HistoryEntry, run_pipeline
 from .transform import options_of
 
-__all__ = ["PartitionedPasses", "sources"]
+__all__ = ["PartitionedPasses", "digest", "sources"]
 
 
 class PartitionedPasses(_torch.InferenceAwareGraphPass):
@@ -75,18 +76,22 @@ class PartitionedPasses(_torch.InferenceAwareGraphPass):
         return hashlib.sha256(key.encode()).hexdigest()
 
 
-def sources() -> list[Path]:
+def sources(package: Path = Path(__file__).parent) -> list[Path]:
     """The files that decide what a compiled graph computes, kernels in C++ included."""
-    here = Path(__file__).parent
     # passes/ and kernels/ may be links, into which a recursive search does not go.
-    folders = (here, here / "passes", here / "kernels")
+    folders = (package, package / "passes", package / "kernels")
     files = {path.resolve() for folder in folders for path in folder.rglob("*")}
     return sorted(path for path in files if path.suffix in (".py", ".h", ".cpp"))
 
 
+def digest(files: Iterable[Path]) -> str:
+    """What changes with the name or the text of any of these files."""
+    found = hashlib.sha256()
+    for path in files:
+        found.update(repr((path.name, path.read_bytes())).encode())
+    return found.hexdigest()
+
+
 @functools.cache
 def _source_hash() -> str:
-    digest = hashlib.sha256()
-    for path in sources():
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+    return digest(sources())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from mhc_compile import Config, _torch
-from mhc_compile.partitioned import PartitionedPasses
+from mhc_compile.partitioned import PartitionedPasses, digest, sources
 from mhc_compile.passes.operators import op_name
 from mhc_compile.passes.runner import HistoryEntry
 from tests.passes.seams import Chain, loss
@@ -122,11 +124,60 @@ def test_the_key_holds_options_and_the_passes_of_the_user() -> None:
         assert key(after=without_key) is None
 
 
-def test_sources_behind_links_and_in_other_languages_are_in_the_key() -> None:
-    from mhc_compile.partitioned import sources
+OTHER: dict[str, Any] = {
+    "n": 2,
+    "variant": "deepseek_v4",
+    "sinkhorn_iters": 5,
+    "eps": 1e-5,
+    "alpha_init": 0.1,
+    "init": "paper",
+    "spread": 0.01,
+    "readout": "sum",
+    "stream_dtype": "float32",
+    "defer_norms": True,
+    "include": ("*.mlp",),
+    "exclude": ("*.mlp",),
+    "disabled": ("defer_norm",),
+}
 
-    names = {path.name for path in sources()}
-    assert {"backend.py", "fuse_seams.py", "site_ops.py"} <= names
+
+def test_every_option_is_in_the_key() -> None:
+    """Those of today and of tomorrow: a new option needs a second value here."""
+    assert set(OTHER) == {field.name for field in fields(Config)}
+    changed = [replace(ON, **{name: value}) for name, value in OTHER.items()]
+    keys = [PartitionedPasses(config, []).uuid() for config in (ON, *changed)]
+    assert len(set(keys)) == len(keys)
+
+
+FILES = ["kernels/site_ops.py", "kernels/codegen_cpp.py", "passes/fuse_seams.py", "backend.py"]
+
+
+@pytest.fixture(params=[True, False], ids=["links", "installed"])
+def package(request: Any, tmp_path: Path) -> Path:
+    """A copy of the package, with `passes` and `kernels` as links or as folders."""
+    import mhc_compile
+
+    here = Path(mhc_compile.__file__).parent
+    ignore = shutil.ignore_patterns("__pycache__")
+    if not request.param or not (here / "kernels").is_symlink():
+        return shutil.copytree(here, tmp_path / "mhc_compile", ignore=ignore)
+    for name in ("passes", "kernels"):
+        shutil.copytree(here.parent / name, tmp_path / name, ignore=ignore)
+    return shutil.copytree(here, tmp_path / "mhc_compile", symlinks=True, ignore=ignore)
+
+
+def test_the_text_of_every_source_is_in_the_key(package: Path) -> None:
+    """Python, what emits kernels, and C++ headers."""
+    before = digest(sources(package))
+    headers = [path for path in sources(package) if path.suffix == ".h"]
+    assert headers and before == digest(sources(package))
+    for path in [*(package / name for name in FILES), *headers[:1]]:
+        text = path.read_text()
+        path.write_text(text.replace("1", "2", 1))
+        assert digest(sources(package)) != before
+        path.write_text(text)
+    (package / "kernels" / "another.h").write_text("")
+    assert digest(sources(package)) != before
 
 
 def test_the_users_own_pass_is_kept(monkeypatch: Any) -> None:
