@@ -7,7 +7,7 @@ N      ?= 20000
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup demo test lint zoo fuzz bench speed clean
+.PHONY: help setup demo test lint zoo fuzz mutants bench speed clean
 
 help:
 	@echo "make demo      a small language model, plain and mHC side by side"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint      ruff and mypy only"
 	@echo "make zoo       every model of the zoo under backend=\"mhc\" with Inductor"
 	@echo "make fuzz N=…  N random residual programs (default $(N))"
+	@echo "make mutants   deliberate mistakes in the passes, each of which a test must notice"
 	@echo "make bench     time and scale of transform()"
 	@echo "make speed     one site, and whole models, against plain ones and against peers"
 
@@ -43,6 +44,9 @@ zoo: $(STAMP)
 
 fuzz: $(STAMP)
 	MHC_FUZZ_EXAMPLES=$(N) $(BIN)/python -m pytest -n 2 --timeout 0 tests/fuzz
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutations.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/scale.py

@@ -53,8 +53,8 @@ class Config:
         defer_norms: compute `linear(rms_norm(x), W)` as `linear(x, W) / r` for the model's own
             RMSNorms too, where nothing but matmuls reads them (the mapping of mHC always is).
             Default False: outputs then change by rounding (in bfloat16 about as much as any other
-            order of operations; float16 norms are kept, as they could overflow), and a norm's
-            weight is multiplied into each W at every call.
+            order of operations; float16 norms are kept, as they could overflow), a norm's weight
+            is multiplied into each W at every call, and each product is kept for backward.
         include: patterns (`fnmatch`) over site names; a site is taken if one of them matches.
             Default ("*",): every site. Free.
         exclude: patterns over site names that are left as plain residuals. Default (): none.
