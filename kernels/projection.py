@@ -263,13 +263,17 @@ class Slots:
 def slots(T: int, n: int, C: int, columns: int, dtype: torch.dtype) -> Slots:
     """The cut for streams of this shape and dtype; errors as in `config`."""
     COLS, PRECISION = _columns(n, columns), _precision(dtype)
-    BK = min(64 if COLS <= 64 else 32, max(16, triton.next_power_of_2(C)))
-    BT = _THREADS * (16 // dtype.itemsize) // BK  # 16 bytes of each thread
+    if COLS <= 64:
+        BK, tile, GROUP = 64, _THREADS * 16 // dtype.itemsize, _MOST_SUMS // (64 * COLS)
+    else:  # dy takes so many registers that tiles are half as large, of one stream
+        BK, tile, GROUP = 16 * dtype.itemsize, 1024, 1
+    BK = min(BK, max(16, triton.next_power_of_2(C)))
+    BT = tile // BK
     size = BT * triton.cdiv(triton.cdiv(T, BT), _SLOTS)
     return Slots(
         BT=BT,
         BK=BK,
-        GROUP=max(1, min(n, _MOST_SUMS // (BK * COLS))),
+        GROUP=min(n, GROUP),
         COLS=COLS,
         PRECISION=PRECISION,
         num_warps=_WARPS,
