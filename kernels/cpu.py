@@ -41,7 +41,7 @@ _SIGNATURES = {
     "readout": "illd" + "pp",
     "expand": "illd" + "pp",
     "forward_workspace": "li",
-    "backward_workspace": "lii",
+    "backward_workspace": "ilii",
     "site_forward": "illipd" + "p" * 15,
     "site_backward": "illip" + "p" * 24,
 }
@@ -363,7 +363,9 @@ def _backward(
     T, n, columns = site.T, site.n, site.columns
     dH_pre, H_pre, dh = of_pre
     results = torch.empty_like(phi), torch.empty_like(alpha), torch.empty_like(bias)
-    size = site.library.backward_workspace(site.C, columns, before[0] is not None)
+    size = site.library.backward_workspace(
+        torch.get_num_threads(), site.C, columns, before[0] is not None
+    )
     workspace = site.workspace(size)
     site.call(
         "site_backward",

@@ -68,7 +68,9 @@ template <class Gradient>
 static void post_res_backward_row(const Gradient *dX2, const K *H_res, const K *H_post,
                                   const Stream *X, const Stream *f, K *dH_res, K *dH_post,
                                   Stream *dX, Stream *df, int64_t C) {
-    V dot[N][N + 1] = {};  // with X, with f
+    V dot[N][N + 1];  // with X, with f
+    for (int i = 0; i < N; ++i)
+        for (int j = 0; j <= N; ++j) dot[i][j] = V{};
     for (int64_t begin = 0; begin < C; begin += DOT_CHANNELS) {
         const int64_t end = smaller(begin + DOT_CHANNELS, C);
         for (int i0 = 0; i0 < N; i0 += DOT_ROWS) {

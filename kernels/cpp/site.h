@@ -7,8 +7,11 @@
 #include "rows.h"
 
 #ifdef _OPENMP
+#include <omp.h>
+INLINE int thread_number() { return omp_get_thread_num(); }
 #define PRAGMA(text) _Pragma(#text)
 #else
+INLINE int thread_number() { return 0; }
 #define PRAGMA(text)
 #endif
 
@@ -63,7 +66,6 @@ extern "C" void expand(int threads, int64_t T, int64_t C, double factor, const S
 
 // --- with coefficients --------------------------------------------------------------------------
 
-
 // Workspace of the forwards in elements of K: φ with rows of whole vectors.
 extern "C" int64_t forward_workspace(int64_t C, int columns) {
     return columns % CW == 0 ? 0 : N * C * round_up(columns, CW);
@@ -101,8 +103,15 @@ extern "C" void site_forward(int threads, int64_t T, int64_t C, int columns, Cha
                 for (int64_t t = begin; t < end; ++t)
                     post_res_row(H_res_before + t * N * N, H_post_before + t * N,
                                  X_before + t * width, f + t * C, X + t * width, C);
+            // The inputs of the next block, and what is written: that is read into the cache too.
+            Ahead ahead(asks_of(tokens, width, columns));
+            const int64_t next = smaller(block, T - end);
+            ahead.add(X + end * width, next * width);
+            if (f != nullptr) ahead.add(X_before + end * width, next * width);
+            if (f != nullptr) ahead.add(f + end * C, next * C);
+            if (h != nullptr) ahead.add(h + begin * C, tokens * C);
             project(X + begin * width, tokens, width, rows, K(eps), y + begin * columns,
-                    inv_r + begin);
+                    inv_r + begin, ahead);
             chain(tokens, y + begin * columns, inv_r + begin, alpha, bias, H_pre + begin * N,
                   H_post + begin * N, H_res + begin * N * N);
             if (h != nullptr)

@@ -1,9 +1,10 @@
 // Backwards that give gradients to φ, α and b: of the coefficients, with pre, and of a seam.
 //
-// Tokens are taken in chunks whose X stays in the cache. Within a chunk, first by tokens: the
-// gradients of H_pre and through the chain to dy, the gradient of x⃗ φ. Then by channels: dX, and
-// dφ, which every thread sums over the tokens of its own channels. So dφ needs no partial sums, and
-// its order of summation does not depend on the number of threads.
+// Tokens are taken in chunks whose X stays in the cache. Within a chunk, first by groups of tokens,
+// from end to end: the gradients of H_pre, through the chain to dy, the gradient of x⃗ φ, then dX,
+// and in a seam the post_res before it. Then by channels: dφ, which every thread sums over the
+// tokens of its own channels. So dφ needs no partial sums, and its order of summation does not
+// depend on the number of threads.
 #pragma once
 
 #include "site.h"
@@ -12,11 +13,20 @@ typedef void ChainBackward(int64_t tokens, int64_t width, const K *dH_pre, const
                            const K *dH_res, const K *y, const K *inv_r, const K *alpha,
                            const K *bias, int64_t stride, K *dy, K *dx_factor, K *dbias, K *dalpha);
 
-// Channels of one stream that are worked on together, and tokens.
-constexpr int UNIT = 128;
+// Tokens that a thread takes from end to end, and channels of one stream that are worked on
+// together.
 constexpr int GROUP = 16;
+constexpr int UNIT = 64;
 
-// Tokens whose sums of dφ are made apart and added in order. Never a function of the threads.
+// Tokens of one sum of dφ in registers.
+constexpr int DEEP = 64;
+
+// Tokens and vectors of channels of dX in registers.
+constexpr int dX_TOKENS = 4;
+constexpr int dX_VECTORS = REGISTERS == 32 ? 4 : 2;
+
+// Tokens whose sums of dφ are made together; those of the next are added to them. Never a function
+// of the threads.
 static int64_t chunk_of(int64_t width) {
     constexpr int64_t BYTES = 4 << 20;
     const int64_t tokens = BYTES / (width * int64_t(sizeof(Stream))) / GROUP * GROUP;
@@ -26,16 +36,16 @@ static int64_t chunk_of(int64_t width) {
 // Where the parts of the workspace lie.
 struct Workspace {
     K *phi_T;   // [units, columns, UNIT]: φ by columns
+    K *dX2;     // [threads, GROUP, N C], of a seam only
     K *dH_pre;  // the rest for the tokens of a chunk: [chunk, N]
     K *dy;      // [chunk, stride]
     K *factor;  // [chunk], of X in its gradient through r
     K *dbias;   // [chunk, columns]
     K *dalpha;  // [chunk, 3]
-    K *dX2;     // [chunk, N C], of a seam only
     int64_t size;
 };
 
-static Workspace layout(K *start, int64_t C, int columns, bool seam) {
+static Workspace layout(K *start, int threads, int64_t C, int columns, bool seam) {
     const int64_t chunk = chunk_of(N * C), units = N * ((C + UNIT - 1) / UNIT);
     int64_t size = 0;
     const auto part = [&](int64_t count) {
@@ -45,23 +55,23 @@ static Workspace layout(K *start, int64_t C, int columns, bool seam) {
     };
     Workspace w;
     w.phi_T = part(units * columns * UNIT);
+    w.dX2 = part(seam ? threads * GROUP * N * C : 0);
     w.dH_pre = part(chunk * N);
     w.dy = part(chunk * round_up(columns, CW));
     w.factor = part(chunk);
     w.dbias = part(chunk * columns);
     w.dalpha = part(chunk * 3);
-    w.dX2 = part(seam ? chunk * N * C : 0);
     w.size = size;
     return w;
 }
 
-extern "C" int64_t backward_workspace(int64_t C, int columns, int seam) {
-    return layout(nullptr, C, columns, seam != 0).size;
+extern "C" int64_t backward_workspace(int threads, int64_t C, int columns, int seam) {
+    return layout(nullptr, threads, C, columns, seam != 0).size;
 }
 
-// Channels [begin, end) of stream i, whose first element in x⃗ is `first`.
+// The channels of one stream, [begin, end), as the `index`-th unit of x⃗.
 struct Unit {
-    int64_t index, i, begin, end, first;
+    int64_t index, i, begin, end, first;  // `first` is where it starts in x⃗
 
     Unit(int64_t index, int64_t C) : index(index) {
         const int64_t per_stream = (C + UNIT - 1) / UNIT;
@@ -79,9 +89,18 @@ static void transpose(const K *phi, int columns, const Unit &unit, K *phi_T) {
                 c < unit.end - unit.begin ? phi[(unit.first + c) * columns + j] : 0;
 }
 
-// What dX is made of besides dy φᵀ, for a group of tokens of one unit.
+struct Backward {
+    int64_t C;
+    int columns;
+    int64_t dy_stride;
+    const K *H_pre;         // null without pre
+    const Stream *dh, *X, *partial;
+    const Workspace &w;
+};
+
+// What dX is made of besides dy φᵀ, for tokens of one unit.
 struct Terms {
-    const K *X;             // [GROUP, UNIT]
+    const Stream *X;        // [tokens, N C] at the unit's channels
     const K *factor;        // [tokens]
     const K *H_pre;         // [tokens], of this stream, N apart; null without pre
     const Stream *dh;       // [tokens, C] at the unit's channels
@@ -92,12 +111,14 @@ struct Terms {
 // dX[t] = factor X + H_pre dh + partial + dy φᵀ for ROWS_ tokens and VECTORS_ vectors of channels.
 template <int ROWS_, int VECTORS_, class Gradient, class Width>
 INLINE void dX_part(const Terms &terms, int64_t t, int64_t c, const K *dy, int64_t dy_stride,
-                    const K *phi_T, int columns, Gradient *dX, Width width) {
+                    const K *phi_T, int columns, Gradient *dX, Lines lines, Width width) {
     V acc[ROWS_][VECTORS_];
-    for (int r = 0; r < ROWS_; ++r)
+    UNROLL
+    for (int r = 0; r < ROWS_; ++r) {
+        UNROLL
         for (int v = 0; v < VECTORS_; ++v) {
             const int64_t at = c + v * W;
-            V value = terms.factor[t + r] * load_as<V>(terms.X + (t + r) * UNIT + at);
+            V value = terms.factor[t + r] * load(terms.X + (t + r) * N * terms.C + at, width);
             if (terms.H_pre != nullptr)
                 value = fma(terms.H_pre[(t + r) * N],
                             load(terms.dh + (t + r) * terms.C + at, width), value);
@@ -105,68 +126,79 @@ INLINE void dX_part(const Terms &terms, int64_t t, int64_t c, const K *dy, int64
                 value += load(terms.partial + (t + r) * N * terms.C + at, width);
             acc[r][v] = value;
         }
+    }
     for (int j = 0; j < columns; ++j) {
+        lines.ask();
         V b[VECTORS_];
-        for (int v = 0; v < VECTORS_; ++v) b[v] = load_as<V>(phi_T + j * UNIT + c + v * W);
+        for (int v = 0; v < VECTORS_; ++v) keep(b[v] = load_as<V>(phi_T + j * UNIT + c + v * W));
         for (int r = 0; r < ROWS_; ++r)
             for (int v = 0; v < VECTORS_; ++v)
                 acc[r][v] = fma(dy[(t + r) * dy_stride + j], b[v], acc[r][v]);
     }
+    UNROLL
     for (int r = 0; r < ROWS_; ++r)
+        UNROLL
         for (int v = 0; v < VECTORS_; ++v)
             store(dX + (t + r) * N * terms.C + c + v * W, acc[r][v], width);
 }
 
 template <class Gradient>
 static void dX_of_unit(const Terms &terms, int64_t tokens, int64_t channels, const K *dy,
-                       int64_t dy_stride, const K *phi_T, int columns, Gradient *dX) {
-    constexpr int TOKENS = 4, VECTORS_ = REGISTERS == 32 ? 4 : 2;
+                       int64_t dy_stride, const K *phi_T, int columns, Gradient *dX,
+                       Ahead &ahead) {
     const auto rows = [&](auto count, int64_t t) LAMBDA {
         constexpr int R = decltype(count)::value;
         int64_t c = 0;
-        for (; c + VECTORS_ * W <= channels; c += VECTORS_ * W)
-            dX_part<R, VECTORS_>(terms, t, c, dy, dy_stride, phi_T, columns, dX, Full{});
+        for (; c + dX_VECTORS * W <= channels; c += dX_VECTORS * W)
+            dX_part<R, dX_VECTORS>(terms, t, c, dy, dy_stride, phi_T, columns, dX,
+                                   ahead.next(columns), Full{});
         over_channels(c, channels, [&](int64_t c, auto width) LAMBDA {
-            dX_part<R, 1>(terms, t, c, dy, dy_stride, phi_T, columns, dX, width);
+            dX_part<R, 1>(terms, t, c, dy, dy_stride, phi_T, columns, dX, Lines(), width);
         });
     };
     int64_t t = 0;
-    for (; t + TOKENS <= tokens; t += TOKENS) rows(Count<TOKENS>{}, t);
+    for (; t + dX_TOKENS <= tokens; t += dX_TOKENS) rows(Count<dX_TOKENS>{}, t);
     for (; t < tokens; ++t) rows(Count<1>{}, t);
 }
 
-struct Backward {
-    int64_t C;
-    int columns;
-    int64_t dy_stride;
-    const K *H_pre;         // null without pre
-    const Stream *dh, *X, *partial;
-    K *dphi;
-    Workspace w;
-};
-
-// dX and dφ of one unit for `tokens` tokens from `begin`; `dX` is that of the first of them.
+// dX of `tokens` tokens from `t`, the g-th of their chunk; `dX` is that of the first of them.
 template <class Gradient>
-static void unit_backward(const Backward &b, const Unit &unit, int64_t begin, int64_t tokens,
-                          Gradient *dX) {
-    alignas(64) K X[GROUP * UNIT];
-    const int64_t C = b.C, width = N * C, channels = unit.end - unit.begin;
-    for (int64_t g = 0; g < tokens; g += GROUP) {
-        const int64_t group = smaller(GROUP, tokens - g), t = begin + g;
-        for (int64_t r = 0; r < group; ++r)
-            load_part(b.X + (t + r) * width + unit.first, channels, X + r * UNIT);
-        const Terms terms{X,
+static void group_backward(const Backward &b, int64_t t, int64_t g, int64_t tokens, Gradient *dX,
+                           Ahead &ahead) {
+    const int64_t C = b.C, width = N * C, units = N * ((C + UNIT - 1) / UNIT);
+    for (int64_t u = 0; u < units; ++u) {
+        const Unit unit(u, C);
+        const Terms terms{b.X + t * width + unit.first,
                           b.w.factor + g,
                           b.H_pre == nullptr ? nullptr : b.H_pre + t * N + unit.i,
                           b.dh + t * C + unit.begin,
                           b.partial == nullptr ? nullptr : b.partial + t * width + unit.first,
                           C};
-        const K *dy = b.w.dy + g * b.dy_stride;
-        dX_of_unit(terms, group, channels, dy, b.dy_stride,
-                   b.w.phi_T + unit.index * b.columns * UNIT, b.columns,
-                   dX + g * width + unit.first);
-        multiply_all<1, UNIT>(X, channels, dy, b.dy_stride, group,
-                              b.dphi + unit.first * b.columns, b.columns, b.columns);
+        dX_of_unit(terms, tokens, unit.end - unit.begin, b.w.dy + g * b.dy_stride, b.dy_stride,
+                   b.w.phi_T + u * b.columns * UNIT, b.columns, dX + unit.first, ahead);
+    }
+}
+
+// dφ of one unit from `tokens` tokens from `begin`.
+static void dphi_of_unit(const Backward &b, const Unit &unit, int64_t begin, int64_t tokens,
+                         K *dphi) {
+    alignas(64) K X[DEEP * UNIT];
+    const int64_t width = N * b.C, channels = unit.end - unit.begin;
+    for (int64_t g = 0; g < tokens; g += DEEP) {
+        const int64_t depth = smaller(DEEP, tokens - g);
+        const Stream *rows = b.X + (begin + g) * width + unit.first;
+        for (int64_t r = 0; r < depth; ++r) load_part(rows + r * width, channels, X + r * UNIT);
+        // Each call asks for one row of the next tokens; PACE rows a product are all of them.
+        const Stream *next_rows = rows + DEEP * width;
+        const auto next = [&](int64_t calls) {
+            const Lines lines(reinterpret_cast<const char *>(next_rows),
+                              (channels * int64_t(sizeof(Stream)) + LINE - 1) / LINE,
+                              width * int64_t(sizeof(Stream)));
+            next_rows += calls * width;
+            return lines;
+        };
+        multiply_all<1, UNIT>(X, channels, b.w.dy + g * b.dy_stride, b.dy_stride, depth,
+                              dphi + unit.first * b.columns, b.columns, b.columns, next);
     }
 }
 
@@ -182,8 +214,8 @@ extern "C" void site_backward(int threads, int64_t T, int64_t C, int columns, Ch
                               Stream *df) {
     const int64_t width = N * C, chunk = chunk_of(width);
     const int64_t units = N * ((C + UNIT - 1) / UNIT), stride = round_up(columns, CW);
-    const Workspace w = layout(workspace, C, columns, f != nullptr);
-    const Backward b{C, columns, stride, dh == nullptr ? nullptr : H_pre, dh, X, partial, dphi, w};
+    const Workspace w = layout(workspace, threads, C, columns, f != nullptr);
+    const Backward b{C, columns, stride, dh == nullptr ? nullptr : H_pre, dh, X, partial, w};
     Array<double> sums(columns + 3);  // of dbias and dalpha
     for (int k = 0; k < columns + 3; ++k) sums[k] = 0;
     for (int64_t k = 0; k < chunk * stride; ++k) w.dy[k] = 0;  // its padding stays 0
@@ -201,8 +233,8 @@ extern "C" void site_backward(int threads, int64_t T, int64_t C, int columns, Ch
         for (int64_t begin = 0; begin < T; begin += chunk) {
             const int64_t tokens = smaller(chunk, T - begin);
             PRAGMA(omp for schedule(static))
-            for (int64_t g = 0; g < tokens; g += W) {
-                const int64_t t = begin + g, count = smaller(W, tokens - g);
+            for (int64_t g = 0; g < tokens; g += GROUP) {
+                const int64_t t = begin + g, count = smaller(GROUP, tokens - g);
                 const K *d = dH_pre + t * N;
                 if (dh != nullptr) {
                     for (int64_t l = 0; l < count; ++l)
@@ -213,30 +245,35 @@ extern "C" void site_backward(int threads, int64_t T, int64_t C, int columns, Ch
                 chain(count, width, d, dH_post + t * N, dH_res + t * N * N, y + t * columns,
                       inv_r + t, alpha, bias, stride, w.dy + g * stride, w.factor + g,
                       w.dbias + g * columns, w.dalpha + g * 3);
+                // What is used next, and what is written: that is read into the cache too.
+                Ahead ahead(units * ((count + dX_TOKENS - 1) / dX_TOKENS) * columns);
+                const int64_t size = count * width, next = t + count;
+                if (f != nullptr) ahead.add(X_before + t * width, size);
+                if (f != nullptr) ahead.add(f + t * C, size / N);
+                ahead.add(dX + t * width, size);
+                ahead.add(X + next * width, size);
+                if (dh != nullptr) ahead.add(dh + next * C, size / N);
+                if (partial != nullptr) ahead.add(partial + next * width, size);
+                if (f == nullptr) {
+                    group_backward(b, t, g, count, dX + t * width, ahead);
+                    continue;
+                }
+                K *dX2 = w.dX2 + thread_number() * GROUP * width;
+                group_backward(b, t, g, count, dX2, ahead);
+                for (int64_t l = t; l < t + count; ++l)
+                    post_res_backward_row(dX2 + (l - t) * width, H_res_before + l * N * N,
+                                          H_post_before + l * N, X_before + l * width, f + l * C,
+                                          dH_res_before + l * N * N, dH_post_before + l * N,
+                                          dX + l * width, df + l * C, C);
             }
-            PRAGMA(omp master)
-            for (int64_t g = 0; g < tokens; ++g) {
-                for (int k = 0; k < columns; ++k) sums[k] += w.dbias[g * columns + k];
-                for (int k = 0; k < 3; ++k) sums[columns + k] += w.dalpha[g * 3 + k];
+            PRAGMA(omp for schedule(static) nowait)
+            for (int64_t k = 0; k < columns + 3; ++k) {
+                const bool of_bias = k < columns;
+                const K *terms = of_bias ? w.dbias + k : w.dalpha + k - columns;
+                for (int64_t g = 0; g < tokens; ++g) sums[k] += terms[g * (of_bias ? columns : 3)];
             }
             PRAGMA(omp for schedule(static))
-            for (int64_t u = 0; u < units; ++u) {
-                const Unit unit(u, C);
-                if (f == nullptr)
-                    unit_backward(b, unit, begin, tokens, dX + begin * width);
-                else
-                    unit_backward(b, unit, begin, tokens, w.dX2);
-            }
-            if (f != nullptr) {
-                PRAGMA(omp for schedule(static))
-                for (int64_t g = 0; g < tokens; ++g) {
-                    const int64_t t = begin + g;
-                    post_res_backward_row(w.dX2 + g * width, H_res_before + t * N * N,
-                                          H_post_before + t * N, X_before + t * width, f + t * C,
-                                          dH_res_before + t * N * N, dH_post_before + t * N,
-                                          dX + t * width, df + t * C, C);
-                }
-            }
+            for (int64_t u = 0; u < units; ++u) dphi_of_unit(b, Unit(u, C), begin, tokens, dphi);
         }
     }
     for (int k = 0; k < columns; ++k) dbias[k] = K(sums[k]);

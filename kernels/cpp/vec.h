@@ -48,6 +48,9 @@ typedef K VC __attribute__((vector_size(COLUMN_BYTES)));
 
 #define INLINE static inline __attribute__((always_inline, unused))
 
+// Before a loop of few rounds: what it keeps in an array is then kept in registers.
+#define UNROLL _Pragma("GCC unroll 32")
+
 // --- arithmetic ---------------------------------------------------------------------------------
 
 template <class Vector>
@@ -93,6 +96,16 @@ INLINE Vector fma(Vector a, Vector b, Vector c) {
 template <class Vector>
 INLINE Vector fma(K a, Vector b, Vector c) {
     return fma(splat<Vector>(a), b, c);
+}
+
+// Keeps a value in a register: GCC else reads it again from memory for each of its uses.
+template <class Vector>
+INLINE void keep([[maybe_unused]] Vector &v) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(v));
+#elif defined(__SSE2__)
+    __asm__("" : "+x"(v));
+#endif
 }
 
 INLINE V larger(V a, V b) { return a > b ? a : b; }
