@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mhc_compile.kernels import post_res, pre, readout, traffic
+from mhc_compile.kernels import gpu, post_res, pre, readout, traffic
+from mhc_compile.kernels.variants import get_variant
 
 from .counting import requested_bytes
 from .sites import Site
@@ -55,6 +56,48 @@ def test_site_forward_and_backward():
     assert floor("seam", "seam_backward") == 29
     assert floor("coefficients_pre", "post_res") == 14
     assert floor("coefficients_pre_backward", "post_res_backward") == 27
+
+
+def mapping(site, n):
+    """X, φ, α, b of the paper's variant, and what a backward keeps of them."""
+    T, _, C = site.X.shape
+    columns = n * n + 2 * n
+    mapped = site.X, torch.randn(n * C, columns), torch.ones(3), torch.zeros(columns)
+    return *mapped, torch.randn(T, columns), torch.ones(T)
+
+
+SITE_CALLS = {
+    "coefficients": lambda s, n: (gpu.coefficients, *mapping(s, n)[:4]),
+    "coefficients_pre": lambda s, n: (gpu.coefficients_pre, *mapping(s, n)[:4]),
+    "seam": lambda s, n: (gpu.seam, s.H_res, s.H_post, s.X, s.f, *mapping(s, n)[1:4]),
+    "coefficients_backward": lambda s, n: (
+        gpu.coefficients_backward,
+        *(s.H_pre, s.H_post, s.H_res, *mapping(s, n)),
+    ),
+    "coefficients_pre_backward": lambda s, n: (
+        gpu.coefficients_pre_backward,
+        *(s.dh, s.H_post, s.H_res, s.H_pre, *mapping(s, n), s.dX2),
+    ),
+    "seam_backward": lambda s, n: (
+        gpu.seam_backward,
+        *(s.dh, s.H_post, s.H_res, s.H_pre, *mapping(s, n), s.dX2),
+        *(s.H_res, s.H_post, s.X, s.f),
+    ),
+}
+
+
+@pytest.mark.parametrize("operator", SITE_CALLS)
+def test_functions_of_a_site_ask_for_what_the_table_says(interpreted, operator):
+    """In tiles as for any C from 64 on: dozens of blocks of channels, one block of tokens, partial.
+
+    φ, coefficients and parts of sums are float32 and not in the table; streams are bfloat16.
+    """
+    T, n, C = 3, 4, 776
+    site = Site.random(T, n, C, torch.bfloat16)
+    call = SITE_CALLS[operator](site, n)
+    counted = interpreted(requested_bytes, *call, variant=get_variant("mhc"), eps=1e-6)
+    assert counted.pop(2) == traffic.traffic(operator, T=T, n=n, C=C).requested
+    assert set(counted) <= {4}
 
 
 @pytest.mark.parametrize("n, C", [(4, 2560), (8, 776), (3, 40)])
