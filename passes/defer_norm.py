@@ -155,8 +155,8 @@ def _divide_behind(product: _Product, x: fx.Node, inv_r: fx.Node) -> None:
     for scale in product.scales:
         if op_name(node) != "linear":
             scale = write.call("unsqueeze", scale, -1)
-        matrix = write.cast(write.call(operator.mul, matrix, scale), dtype)
-    y = write.call(node.target, write.cast(x, dtype), matrix)
+        matrix = write.call(operator.mul, matrix, scale)
+    y = write.call(node.target, write.cast(x, dtype), write.cast(matrix, dtype))
     result = write.call(operator.mul, y, inv_r)
     if isinstance(bias, fx.Node):
         result = write.call(operator.add, result, bias)

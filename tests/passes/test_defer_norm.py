@@ -301,6 +301,29 @@ def test_products_that_autocast_computes_in_another_dtype_are_kept() -> None:
     assert context.detection is None
 
 
+def test_under_autocast_a_norm_of_its_dtype_is_deferred() -> None:
+    """Weights are float32 there; the products round them as autocast does."""
+
+    def function(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", BF16):
+            h = F.rms_norm(m.a(x), (6,), eps=EPS)
+            return m.b(h) * torch.sigmoid(m.c(h))
+
+    torch.manual_seed(0)
+    gm, _ = captured(function)
+    inputs = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]
+    values = [torch.randn(v.shape) for v in inputs]
+    (plain,) = gm(*values)
+    result = defer_norm(gm, Context(Options(2, get_variant("mhc"), defer_norms=True)))
+    assert result.notes == ["1 of norms deferred"]
+    gm.graph.lint()
+    gm.recompile()
+    assert norms_in(gm) == 0
+    (got,) = gm(*values)
+    assert got.dtype == plain.dtype == BF16
+    assert checks.error(got, plain) < 2**-6
+
+
 def written_before(x: Tensor, g: Tensor, Q: Tensor, *_: Tensor) -> Any:
     h = fused(x, g)
     x.mul_(3)
