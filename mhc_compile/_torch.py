@@ -6,6 +6,7 @@ a comment says otherwise.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import traceback
@@ -96,8 +97,23 @@ def register_effectful(operator: torch._ops.OpOverload) -> None:
 def compile_dynamo(
     function: Callable[..., Any], backend: Callable[..., Any], *, dynamic: bool | None = None
 ) -> Callable[..., Any]:
-    """``torch.compile`` with a cache of its own, so that instances do not share a limit."""
+    """``torch.compile`` with a cache of its own: instances share neither limit nor graphs."""
+    if not own_cache() and isinstance(function, types.MethodType):
+        function = _with_own_code(function)
     return torch.compile(function, backend=backend, dynamic=dynamic, **own_cache())
+
+
+def _with_own_code(method: types.MethodType) -> types.MethodType:
+    """The same method with a code object that no other has: Dynamo's caches belong to code."""
+    plain: Any = method.__func__
+    own = types.FunctionType(
+        plain.__code__.replace(),
+        plain.__globals__,
+        plain.__name__,
+        plain.__defaults__,
+        plain.__closure__,
+    )
+    return types.MethodType(functools.update_wrapper(own, plain), method.__self__)
 
 
 def own_cache() -> dict[str, Any]:
