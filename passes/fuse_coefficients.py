@@ -311,7 +311,7 @@ class _Products:
         leads = {v.lead: shape_of(n)[: v.lead] for n, v in known.items() if isinstance(v, Value)}
         for tail, data in (((self.n, self.width), self.X), ((self.width,), self.f)):
             for lead, tokens in leads.items():
-                ends = partial(self._has, tail=tail, lead=lead, tokens=tokens)
+                ends = partial(self._has, tail=tail, tokens=tokens)
                 way = way_up(operand, until=ends)
                 source = strip_casts(way[-1])
                 if ends(way[-1]) and self.others.setdefault(tail, source) is source:
@@ -320,9 +320,8 @@ class _Products:
                     return
 
     @staticmethod
-    def _has(node: fx.Node, tail: tuple[int, ...], lead: int, tokens: tuple[object, ...]) -> bool:
-        shape = shape_of(node)
-        return is_float_tensor(node) and shape[lead:] == tail and same_sizes(shape[:lead], tokens)
+    def _has(node: fx.Node, tail: tuple[int, ...], tokens: tuple[object, ...]) -> bool:
+        return is_float_tensor(node) and same_sizes(shape_of(node), (*tokens, *tail))
 
 
 @cache

@@ -88,9 +88,11 @@ def mappings(graph: fx.Graph) -> Iterator[Mapping]:
 def mapping_of(y: fx.Node) -> Mapping | None:
     """A product with flattened streams on its left, None for any other node."""
     name = op_name(y)
-    if name not in ("matmul", "mm", "linear") or len(y.args) != 2 or y.kwargs:
+    if name not in ("matmul", "mm", "linear") or len(y.args) < 2 or y.kwargs:
         return None
-    left, phi = y.args
+    left, phi, *bias = y.args
+    if bias not in ([], [None]):
+        return None
     if not (is_float_tensor(left) and is_float_tensor(phi) and is_float_tensor(y)):
         return None
     assert isinstance(left, fx.Node) and isinstance(phi, fx.Node)

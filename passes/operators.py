@@ -174,9 +174,17 @@ def dtype_of(node: fx.Node) -> torch.dtype:
 
 
 def shape_of(node: fx.Node) -> tuple[object, ...]:
-    """The shape of a tensor node, sizes as ints or SymInts."""
+    """The shape of a tensor node, sizes as ints or SymInts; an int where a symbol is known."""
     value = value_of(node)
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    return tuple(map(_known_size, value.shape)) if isinstance(value, torch.Tensor) else ()
+
+
+def _known_size(size: object) -> object:
+    """A symbolic size that a guard has made a number prints as that number."""
+    if type(size) is int:
+        return size
+    text = str(size)
+    return int(text) if text.isdecimal() else size
 
 
 def same_shape(a: fx.Node, b: fx.Node) -> bool:

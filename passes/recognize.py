@@ -18,6 +18,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -127,10 +128,18 @@ def _join(group: list[fx.Node]) -> int:
     ordered = _in_order(group)
     phis = [_phi(product, write) for product in ordered]
     y = write.call(torch.matmul, _data(first), write.call(torch.cat, phis, -1))
+    y.meta["nn_module_stack"] = _common_stack(group)
     parts = write.call("split", y, [_columns(product) for product in ordered], -1)
     for i, product in enumerate(ordered):
         product.replace_all_uses_with(write.call(operator.getitem, parts, i))
     return len(group)
+
+
+def _common_stack(products: list[fx.Node]) -> dict[str, Any]:
+    """The module calls around all of some products."""
+    stacks = [list((p.meta.get("nn_module_stack") or {}).items()) for p in products]
+    calls = takewhile(lambda each: len(set(each)) == 1, zip(*stacks, strict=False))
+    return dict(each[0] for each in calls)
 
 
 def _phi(product: fx.Node, write: Writer) -> fx.Node:
