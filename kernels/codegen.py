@@ -20,15 +20,16 @@ from types import ModuleType
 
 from . import generated
 from .codegen_residual import RESIDUALS, Chain, padded
+from .launch import lanes
 from .variants import Gate, Variant
 
-_ELEMENTS = 512
-"""Of H_res in a program, which is one warp: 16 registers of each thread."""
+_ELEMENTS = 16
+"""Numbers of H_res in the registers of a thread; a program is one warp."""
 
 
 def tokens_per_program(n: int) -> int:
     """BT: a token per thread, fewer where its n² numbers do not fit the registers of one."""
-    return min(32, max(1, _ELEMENTS // padded(n) ** 2))
+    return min(lanes(), max(1, _ELEMENTS * lanes() // padded(n) ** 2))
 
 
 def source(variant: Variant, n: int) -> str:

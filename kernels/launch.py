@@ -85,13 +85,17 @@ def blocks(C: int, dtype: torch.dtype) -> Blocks:
     and the few numbers of a token need neither shared memory nor barriers.
     """
     lane = _WIDEST_ACCESS // dtype.itemsize
-    warp = _LANES * lane
+    warp = lanes() * lane
     width = min(warp, triton.next_power_of_2(C))
-    return Blocks(tokens=min(warp // width, _LANES), channels=width, lane=min(lane, width))
+    return Blocks(tokens=min(warp // width, lanes()), channels=width, lane=min(lane, width))
 
 
-_LANES = 32
 _WIDEST_ACCESS = 16
+
+
+def lanes() -> int:
+    """Threads of a warp: 64 on AMD's GPUs for computing, 32 on NVIDIA's."""
+    return 64 if torch.version.hip else 32
 
 
 def token_blocks(T: int, tokens: int) -> int:

@@ -16,7 +16,7 @@ from .tiles import add_dots, combine, load_numbers, load_streams, store_sums, ze
 
 MOST_KEPT = tl.constexpr(4)
 """Up to so many streams the coefficients of a token stay in registers over all channels. With 8
-streams they are 72, which would spill: they are read again, from L1, for every block of channels.
+streams they are 72, which would spill: they are read again, from L1, where they are needed.
 """
 
 
@@ -59,15 +59,23 @@ def _forward(
     token = tl.arange(0, BT)[:, None]
     live = first + token < T
     rows = first * C + token * C
-    weights = load_numbers(H_res + first * (n * n) + token * (n * n), live, n * n)
-    posts = load_numbers(H_post + first * n + token * n, live, n)
+    res_rows = H_res + first * (n * n) + token * (n * n)
+    post_rows = H_post + first * n + token * n
+    if n <= MOST_KEPT:
+        weights = load_numbers(res_rows, live, n * n)
+        posts = load_numbers(post_rows, live, n)
     for block in range(0, C, BC):
         channel = block + tl.arange(0, BC)[None, :]
         mask = live & (channel < C)
         streams = load_streams(X + rows * n + channel, mask, C, n)
         branch = tl.load(f + rows + channel, mask, other=0.0)
         for i in tl.static_range(n):
-            mixed = mix(streams, branch, weights, i * n, posts[i], n)
+            if n <= MOST_KEPT:
+                mixed = mix(streams, branch, weights, i * n, posts[i], n)
+            else:
+                row = load_numbers(res_rows + i * n, live, n)
+                post = tl.load(post_rows + i, live, other=0.0)
+                mixed = mix(streams, branch, row, 0, post, n)
             tl.store(X2 + rows * n + i * C + channel, mixed.to(X2.dtype.element_ty), mask)
 
 
@@ -89,19 +97,23 @@ def _backward(
     rows = first * C + token * C
     res_rows = first * (n * n) + token * (n * n)
     post_rows = first * n + token * n
-    weights = load_numbers(H_res + res_rows, live, n * n)
-    posts = load_numbers(H_post + post_rows, live, n)
+    if n <= MOST_KEPT:
+        weights = load_numbers(H_res + res_rows, live, n * n)
+        posts = load_numbers(H_post + post_rows, live, n)
     dots = zeros(BT, BC // LANE, n * (n + 1), H_post.dtype.element_ty)
     for block in range(0, C, BC):
         channel = block + tl.arange(0, BC)[None, :]
         mask = live & (channel < C)
-        if n > MOST_KEPT:
-            weights = load_numbers(H_res + res_rows, live, n * n)
-            posts = load_numbers(H_post + post_rows, live, n)
         gradients = load_streams(dX2 + rows * n + channel, mask, C, n)
         for j in tl.static_range(n):
-            mixed = combine(gradients, weights, j, n, n)
+            if n <= MOST_KEPT:
+                mixed = combine(gradients, weights, j, n, n)
+            else:
+                column = load_numbers(H_res + res_rows + j, live, n, n)
+                mixed = combine(gradients, column, 0, 1, n)
             tl.store(dX + rows * n + j * C + channel, mixed.to(dX.dtype.element_ty), mask)
+        if n > MOST_KEPT:
+            posts = load_numbers(H_post + post_rows, live, n)
         mixed = combine(gradients, posts, 0, 1, n)
         tl.store(df + rows + channel, mixed.to(df.dtype.element_ty), mask)
         added = ()

@@ -18,11 +18,11 @@ def load_streams(pointer, mask, C: tl.constexpr, n: tl.constexpr):
 
 
 @triton.jit
-def load_numbers(pointer, live, count: tl.constexpr):
-    """The `count` numbers from each pointer [BT, 1] on, as that many tensors [BT, 1]."""
+def load_numbers(pointer, live, count: tl.constexpr, step: tl.constexpr = 1):
+    """`count` numbers, `step` apart from each pointer [BT, 1], as that many tensors [BT, 1]."""
     numbers = ()
     for k in tl.static_range(count):
-        numbers += (tl.load(pointer + k, live, other=0.0),)
+        numbers += (tl.load(pointer + k * step, live, other=0.0),)
     return numbers
 
 

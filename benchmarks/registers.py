@@ -1,0 +1,140 @@
+"""What Triton's compiler makes of every kernel, for GPUs that need not be there.
+
+    python benchmarks/registers.py          compiles what has changed since the table was written
+    python benchmarks/registers.py --all    compiles everything
+
+Writes results/registers.json and docs/kernels.md.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import triton
+from triton import knobs
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.kernels import table  # noqa: E402
+from tests.kernels.compiled import GPUS, Compiled, compiled  # noqa: E402
+from tests.kernels.table import Case, Row  # noqa: E402
+
+PAGE = ROOT / "docs" / "kernels.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="compile everything again")
+    known = {} if parser.parse_args().all else written()
+    knobs.compilation.always_compile = True  # or seconds would be those of a cache
+    rows = [(case, known.get(case.key) or fresh(case)) for case in table.cases()]
+    table.write(rows)
+    PAGE.write_text(page(rows), encoding="utf-8")
+
+
+def written() -> dict[tuple[object, ...], Compiled]:
+    """The rows of the last run, if it had the same compiler."""
+    if not table.RESULTS.exists():
+        return {}
+    version, rows = table.read()
+    return rows if version == triton.__version__ else {}
+
+
+def fresh(case: Case) -> Compiled:
+    found = compiled(case.recorded.launch, GPUS[case.gpu])
+    where = f"{case.gpu} {case.variant} n={case.n} C={case.C} {case.dtype} {case.recorded.name}"
+    print(where, found.registers, *table.faults(case, found), sep=", ", flush=True)
+    return found
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+INTRODUCTION = """\
+# Kernels in machine code
+
+`make kernels-table` (`python benchmarks/registers.py`). Every Triton kernel that an operator of a
+site launches, with exactly the constants its launcher picks, compiled by Triton {version} for GPUs
+that need not be there. **This is compilation, not a measurement on a GPU**: registers, stack,
+spills, accesses and shared memory are read from the machine code (on AMD from the assembly); how
+many programs fit a multiprocessor follows from them; the share of bandwidth is an estimate.
+`tests/kernels/test_compiled.py` compiles a part of it again and fails if a kernel has a stack,
+spills, or does not move streams 16 bytes at a time, and if this page is older than the kernels.
+
+A cell is `registers · programs · bandwidth`:
+
+- **registers** of a thread, the same for C = 2560 and C = 4096 unless two numbers are given. On
+  AMD vector registers, of which there are 512.
+- **programs** that fit a multiprocessor (compute unit) at a time, by registers, warps, shared
+  memory.
+- **bandwidth**: the share of the memory bandwidth that can be used, by Little's law: bytes that
+  the programs of a multiprocessor have asked for and not waited for, against bandwidth times
+  latency ({gpus}). It says whether enough is in flight, not how fast a kernel is.
+
+Streams of every kernel are loaded and stored 16 bytes at a time, exceptions apart:
+{narrow}
+
+The numbers behind this page: [registers.json](../benchmarks/results/registers.json).
+"""
+
+
+def page(rows: Sequence[Row]) -> str:
+    gpus = ", ".join(
+        f"{name}: {gpu.product} {gpu.bandwidth / 1e12:.2f} TB/s × {gpu.latency * 1e9:.0f} ns"
+        for name, gpu in GPUS.items()
+    )
+    narrow = "\n".join(f"`{name}` {reason}." for name, reason in table.NARROW.items())
+    parts = [INTRODUCTION.format(version=triton.__version__, gpus=gpus, narrow=narrow)]
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for case, found in rows:
+        groups[case.recorded.name.split(" ")[0]].append((case, found))
+    parts += [section(name, group) for name, group in groups.items()]
+    return "\n".join(parts)
+
+
+def section(name: str, rows: Sequence[Row]) -> str:
+    """A kernel: a line about all its forms, and a table with a line for each."""
+    found = [f for _, f in rows]
+    seconds = max(f.seconds for case, f in rows if case.n == 4)
+    widest = " / ".join(str(max(max(getattr(f, k)) for f in found)) for k in ("loads", "stores"))
+    shared = bounds([f.shared for f in found], lambda x: f"{x / 1024:.0f}")
+    lines = [
+        f"## {name}\n",
+        f"Widest load / store {widest} bytes, shared memory {shared} KB, "
+        f"compiled in {seconds:.1f} s at most for n = 4.\n",
+        f"| launch | n | streams | {' | '.join(GPUS)} |",
+        f"|---|---:|---|{'---|' * len(GPUS)}",
+    ]
+    cells: dict[tuple[str, int, str], dict[str, list[Compiled]]] = defaultdict(dict)
+    for case, f in rows:
+        form = case.recorded.name.partition(" ")[2] or "all"
+        form = form if case.variant == "mhc" else f"{case.variant}, {form}"
+        cells[form, case.n, case.dtype].setdefault(case.gpu, []).append(f)
+    for (form, n, dtype), by_gpu in cells.items():
+        columns = [cell(by_gpu.get(gpu, []), gpu) for gpu in GPUS]
+        lines.append(f"| {form} | {n} | {dtype} | {' | '.join(columns)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(found: Sequence[Compiled], gpu: str) -> str:
+    if not found:
+        return ""
+    registers = bounds([f.registers for f in found], str)
+    programs = bounds([f.programs for f in found], str)
+    bandwidth = bounds([f.bandwidth(GPUS[gpu]) for f in found], lambda x: f"{x:.0%}")
+    text = f"{registers} · {programs} · {bandwidth}"
+    if any(f.stack or f.spills for f in found):
+        stack, spills = max(f.stack for f in found), max(f.spills for f in found)
+        text += f" **{stack} bytes of stack, {spills} spills**"
+    return text
+
+
+def bounds(values: Sequence[float], show: Callable[[float], str]) -> str:
+    texts = list(dict.fromkeys(show(value) for value in sorted(values)))
+    return texts[0] if len(texts) == 1 else f"{texts[0]}-{texts[-1]}"
+
+
+if __name__ == "__main__":
+    main()

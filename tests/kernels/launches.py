@@ -1,0 +1,155 @@
+"""The launches of every operator of a site, recorded with the constants that launchers choose.
+
+recorded(get_variant("mhc"), n=4, C=2560, dtype=torch.bfloat16)    -> Recorded, each once
+"""
+
+import ast
+import functools
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mhc_compile.kernels import gpu, readout
+from mhc_compile.kernels.launch import Launch, recording
+from mhc_compile.kernels.variants import Variant
+
+TOKENS = 3000
+
+
+class Site:
+    """The operands of all operators, as fake tensors of a GPU."""
+
+    def __init__(self, variant: Variant, T: int, n: int, C: int, dtype: torch.dtype) -> None:
+        columns = sum(variant.columns(n))
+        self.n, self.settings = n, {"variant": variant, "eps": 1e-6}
+        self.X, self.f = _cuda(dtype, T, n, C), _cuda(dtype, T, C)
+        shapes = (T, n), (T, n), (T, n, n)
+        self.H_pre, self.H_post, self.H_res = (_cuda(torch.float32, *shape) for shape in shapes)
+        shapes = (n * C, columns), (3,), (columns,)
+        self.weights = tuple(_cuda(torch.float32, *shape) for shape in shapes)
+        self.saved = _cuda(torch.float32, T, columns), _cuda(torch.float32, T)
+
+    @property
+    def closed(self) -> tuple[Tensor, ...]:
+        return self.H_res, self.H_post, self.X, self.f
+
+    def opened(self, *before: Tensor) -> tuple[Tensor, ...]:
+        """What backwards of the coefficients take, from dh or dH_pre on."""
+        return *before, self.X, *self.weights, *self.saved
+
+
+def _cuda(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+CALLS: dict[str, Callable[[Site], Any]] = {
+    "post_res": lambda s: gpu.post_res(*s.closed),
+    "post_res_backward": lambda s: gpu.post_res_backward(s.X, *s.closed),
+    "pre": lambda s: gpu.pre(s.H_pre, s.X),
+    "pre_backward": lambda s: gpu.pre_backward(s.f, s.H_pre, s.X),
+    "coefficients": lambda s: gpu.coefficients(s.X, *s.weights, **s.settings),
+    "coefficients_backward": lambda s: gpu.coefficients_backward(
+        *s.opened(s.H_pre, s.H_post, s.H_res), **s.settings
+    ),
+    "coefficients_pre": lambda s: gpu.coefficients_pre(s.X, *s.weights, **s.settings),
+    "coefficients_pre_backward": lambda s: [
+        gpu.coefficients_pre_backward(
+            *s.opened(s.f, s.H_post, s.H_res, s.H_pre), partial, **s.settings
+        )
+        for partial in (None, s.X)
+    ],
+    "seam": lambda s: gpu.seam(*s.closed, *s.weights, **s.settings),
+    "seam_backward": lambda s: [
+        gpu.seam_backward(
+            *s.opened(s.f, s.H_post, s.H_res, s.H_pre), partial, *s.closed, **s.settings
+        )
+        for partial in (None, s.X)
+    ],
+    "expand": lambda s: readout.expand(s.f, s.n),
+    "expand_backward": lambda s: readout.expand_backward(s.X),
+    "readout": lambda s: readout.readout(s.X, "mean"),
+    "readout_backward": lambda s: readout.readout_backward(s.f, s.n, "mean"),
+}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A launch, and what tells it from others.
+
+    Args:
+        name: of the kernel, and which of its pointers are None.
+        constants: all compile-time constants and options.
+        source: hash of the kernel's source and of all it calls.
+        streams: whether it reads or writes streams of C channels.
+    """
+
+    launch: Launch
+    name: str
+    constants: str
+    source: str
+    streams: bool
+
+
+def recorded(
+    variant: Variant, n: int, C: int, dtype: torch.dtype, T: int = TOKENS
+) -> list[Recorded]:
+    """The launches of all calls; those that compile to the same code, once."""
+    with FakeTensorMode(), recording() as launches:
+        site = Site(variant, T, n, C, dtype)
+        for call in CALLS.values():
+            call(site)
+    found: dict[Any, Recorded] = {}
+    for launch in launches:
+        new = _described(launch, C)
+        found.setdefault((new.name, new.constants, new.source), new)
+    return list(found.values())
+
+
+def _described(launch: Launch, C: int) -> Recorded:
+    function = launch.kernel.fn
+    module = function.__module__.rpartition(".")
+    name = function.__name__.strip("_")
+    if module[0] != "mhc_compile_generated":
+        name = f"{module[2]}.{name}"
+    absent = [a for a, x in zip(launch.kernel.arg_names, launch.args, strict=False) if x is None]
+    tensors = [arg for arg in launch.args if isinstance(arg, Tensor)]
+    return Recorded(
+        launch,
+        name + (f" without {', '.join(absent)}" if absent else ""),
+        " ".join(f"{key}={value}" for key, value in launch.constants.items()),
+        source_hash(launch.kernel),
+        any(tensor.ndim > 1 and tensor.shape[-1] == C for tensor in tensors),
+    )
+
+
+@functools.cache
+def source_hash(kernel: Any) -> str:
+    """Of a kernel and all that it names of this package, without comments and docstrings."""
+    texts: dict[str, str] = {}
+    _collect(kernel, texts)
+    return hashlib.sha256("\n".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[
+        :12
+    ]
+
+
+def _collect(kernel: Any, texts: dict[str, str]) -> None:
+    function = kernel.fn
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    texts[function.__name__] = ast.unparse(tree)
+    for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - texts.keys():
+        value = function.__globals__.get(name)
+        if isinstance(value, triton.JITFunction) and "mhc_compile" in value.fn.__module__:
+            _collect(value, texts)
+        elif isinstance(value, triton.language.constexpr):
+            texts[name] = repr(value.value)
