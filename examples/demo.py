@@ -83,7 +83,7 @@ def main(steps: int) -> None:
     console.print(Syntax(block(graph, SHOWN), "python", background_color="default", word_wrap=True))
     heading("The passes that made it")
     for entry in graph.history[1:]:
-        console.print(f"{entry.name:>12} {entry.milliseconds:6.1f} ms  {'; '.join(entry.notes)}")
+        console.print(f"{entry.name:>17} {entry.milliseconds:6.1f} ms  {'; '.join(entry.notes)}")
 
     heading(f"{steps} steps of AdamW on the same batches")
     runs = [Run("plain", plain), Run(f"mHC, n = {STREAMS}", model)]

@@ -54,7 +54,7 @@ def recognize(gm: fx.GraphModule, context: Context) -> PassResult:
     context.written_back = {product for w in found for product in w.products}
     rejected = [r for w in found if (r := _rejected(w)) is not None]
     context.own += rejected
-    notes = [f"{len(found)} hand-written connections"]
+    notes = [f"{len(found)} connections"]
     notes += [f"{split} biases split off projections"] if split else []
     notes += [f"{joined} projections joined"] if joined else []
     notes += [f"{r.name} left open: {r.detail} (at {r.location})" for r in rejected]

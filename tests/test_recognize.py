@@ -161,7 +161,7 @@ PAPER_SITES = [f"blocks.{i}.{part}_hc" for i in range(2) for part in ("mixer", "
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_model_that_follows_the_paper(dtype: torch.dtype) -> None:
     graph = assert_one_chain(hyper.PaperModel().to(dtype), {"x": signal().to(dtype)}, PAPER_SITES)
-    assert notes(graph, "recognize") == ["4 hand-written connections", "12 projections joined"]
+    assert notes(graph, "recognize") == ["4 connections", "12 projections joined"]
 
 
 def test_other_shapes_and_modes() -> None:

@@ -149,7 +149,7 @@ def test_projections_are_joined_in_the_order_of_their_use() -> None:
     *shapes, _ = PAPER[three_projections]
     gm = traced(three_projections, leaves(SQUARE, *shapes))
     assert recognize(gm, Context(Options(2, get_variant("mhc")))).notes == [
-        "1 hand-written connections",
+        "1 connections",
         "3 projections joined",
     ]
     (joined,) = (n for n in gm.graph.nodes if n.target is torch.cat)
