@@ -12,7 +12,9 @@ import torch.utils.checkpoint
 import mhc_compile
 from mhc_compile.kernels import reference
 from mhc_compile.kernels.variants import VARIANTS, Gate, get_variant, parse_variant
+from mhc_compile.passes.context import Context, Options
 from mhc_compile.passes.defer_norm import defer_norm
+from mhc_compile.passes.fuse_coefficients import fuse_coefficients
 
 from ..models import ids, pair
 from .open_form import (
@@ -211,6 +213,8 @@ def near_miss(**change):
         y = x @ phi
         if get("norm") == "over other tokens":
             y = (flat @ phi) * rms(flat).flip(1)
+        if get("norm") == "of other streams":
+            y = (flat @ phi) * rms(flat + 1)
         a, b = alpha, bias
         pre = y[..., :n] * a[0] + b[:n]
         post = y[..., n : 2 * n] * a[1 if get("alpha") is None else 0] + b[n : 2 * n]
@@ -246,6 +250,7 @@ NEAR = [
     ({"norm": "other state"}, {}, ""),
     ({"norm": "none"}, {}, "not divided by the rms"),
     ({"norm": "over other tokens"}, {}, ""),
+    ({"norm": "of other streams"}, {}, ""),
     ({"alpha": "shared"}, {}, "nothing in it is H_post"),
     ({"gate": "hard"}, {}, "nothing in it is H_pre"),
     ({"post": 1e-9}, {}, "nothing in it is H_post"),
@@ -364,6 +369,45 @@ def test_writes_in_place_are_left_alone():
     gm, notes = fuse(function, inputs)
     assert "coefficients" not in operators(gm) and "written in place" in notes[0]
     assert_as_exact(function, gm, function, inputs)
+
+
+def test_writes_in_place_behind_the_coefficients_are_left_alone():
+    def function(X, phi, alpha, bias, W):
+        n = 3
+        y = F.rms_norm(X.flatten(-2), (n * WIDTH,), None, EPS) @ phi
+        H_pre = (y[..., :n] * alpha[0] + bias[:n]).sigmoid()
+        H_post = 2 * (y[..., n : 2 * n] * alpha[1] + bias[n : 2 * n]).sigmoid()
+        res = (y[..., 2 * n :] * alpha[2] + bias[2 * n :]).unflatten(-1, (n, n))
+        H_res = torch.ops.mhc.sinkhorn_knopp.default(res, 7)
+        weighted = H_pre.unsqueeze(-1) * X
+        weighted.mul_(3)
+        mixed = H_res @ X
+        mixed.add_(1)
+        return mixed + H_post.unsqueeze(-1) * (weighted.sum(-2) @ W).unsqueeze(-2)
+
+    inputs = parameters(get_variant("mhc"), 3, torch.float64)
+    gm, notes = fuse(function, inputs)
+    assert {k: v for k, v in operators(gm).items() if k in ONE_SITE} == {"coefficients": 1}
+    assert sum("written in place" in note for note in notes) == 2
+    assert_as_exact(function, gm, function, inputs)
+
+
+@pytest.mark.parametrize(
+    ("first", "made"),
+    [("matmul_default", []), ("matmul_default_1", ["coefficients", "post_res"])],
+    ids=["between coefficients", "between streams"],
+)
+def test_what_is_recomputed_in_part_is_left_open(first, made):
+    """A checkpoint begins in the middle of a group: one operator can only be in it or not."""
+    variant = get_variant("mhc")
+    inputs = parameters(variant, 2, torch.float32)
+    gm, context = traced(open_site(variant, 2, torch.float32), inputs), Context(Options(2, variant))
+    nodes = list(gm.graph.nodes)
+    for node in nodes[[n.name for n in nodes].index(first) + 1 :]:
+        node.meta["ac_graph_id"] = 0
+    result = fuse_coefficients(gm, context)
+    assert sorted(k for k in operators(gm) if k in ONE_SITE) == made
+    assert any("different checkpointed regions" in note for note in result.notes)
 
 
 # --- dtypes ---------------------------------------------------------------------------------------
