@@ -52,7 +52,7 @@ MOST_STREAMS = 10
 def supports(dtype: torch.dtype, n: int) -> bool:
     """Whether the functions here take such streams: all of them do, or none, because results of
     different implementations are not bit-equal."""
-    return dtype in projection.PRECISIONS and n <= MOST_STREAMS
+    return dtype in projection.DTYPES and n <= MOST_STREAMS
 
 
 def coefficients(

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, token_blocks
+from .launch import lanes, launch, token_blocks
 
 MOST_COLUMNS = 128
 """Columns of φ that fit one program: those of up to 10 streams, n² + 2n."""
@@ -46,8 +46,7 @@ _SLOTS = 8
 """Parts of dφ: ranges of tokens, each as large as φ."""
 
 _THREADS = 256
-_WARPS = _THREADS // (64 if torch.version.hip else 32)
-"""Of a program: as many threads as a tile has 16 bytes."""
+"""Of a program: as many as a tile of X has 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def config(n: int, C: int, columns: int, dtype: torch.dtype) -> Config:
         splits=triton.cdiv(C, SLICE),
         COLS=_columns(n, columns),
         PRECISION=_precision(dtype),
-        num_warps=_WARPS,
+        num_warps=_THREADS // lanes(),
     )
 
 
@@ -101,18 +100,16 @@ def _columns(n: int, columns: int) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    if dtype not in PRECISIONS:
-        taken = ", ".join(str(known).removeprefix("torch.") for known in PRECISIONS)
+    if dtype not in DTYPES:
+        taken = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise ValueError(f"x⃗ φ has Triton kernels for {taken} streams, got {dtype}")
-    return PRECISIONS[dtype]
+    if dtype == torch.float32:
+        return "ieee" if torch.version.hip else "tf32x3"
+    return str(dtype).removeprefix("torch.")
 
 
-PRECISIONS = {
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float32: "ieee" if torch.version.hip else "tf32x3",
-}
-"""The dtypes of streams that are taken, and how their tiles are multiplied, see `multiply`."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of the streams that are taken."""
 
 
 def project(X: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +127,7 @@ def project(X: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
     launch(
         _project, (token_blocks(T, cut.BT), cut.splits), y_parts, square_parts, X, phi, T,
         n=n, C=C, COLUMNS=columns, SLICE=cut.SLICE, BT=cut.BT, BK=cut.BK, COLS=cut.COLS,
-        PRECISION=cut.PRECISION, num_warps=cut.num_warps, num_stages=4,
+        PRECISION=cut.PRECISION, num_warps=cut.num_warps, num_stages=4 if cut.COLS <= 64 else 3,
     )  # fmt: skip
     return y_parts, square_parts
 
@@ -264,7 +261,9 @@ def slots(T: int, n: int, C: int, columns: int, dtype: torch.dtype) -> Slots:
     """The cut for streams of this shape and dtype; errors as in `config`."""
     COLS, PRECISION = _columns(n, columns), _precision(dtype)
     if COLS <= 64:
-        BK, tile, GROUP = 64, _THREADS * 16 // dtype.itemsize, _MOST_SUMS // (64 * COLS)
+        # On AMD, where bfloat16 products take more registers, 64 channels would spill.
+        BK = 32 if lanes() == 64 and dtype.itemsize == 2 else 64
+        tile, GROUP = _THREADS * 16 // dtype.itemsize, _MOST_SUMS // (64 * COLS)
     else:  # dy takes so many registers that tiles are half as large, of one stream
         BK, tile, GROUP = 16 * dtype.itemsize, 1024, 1
     BK = min(BK, max(16, triton.next_power_of_2(C)))
@@ -276,7 +275,7 @@ def slots(T: int, n: int, C: int, columns: int, dtype: torch.dtype) -> Slots:
         GROUP=min(n, GROUP),
         COLS=COLS,
         PRECISION=PRECISION,
-        num_warps=_WARPS,
+        num_warps=_THREADS // lanes(),
         blocks=triton.cdiv(C, BK),
         slots=triton.cdiv(T, size) if T else 0,
         size=size,
@@ -357,10 +356,10 @@ def _gradients(
             if partial is not None:
                 g += tl.load(partial + at, mask, other=0.0).to(tl.float32)
             tl.store(dX + at, g.to(dX.dtype.element_ty), mask)
-            added += (multiply(tl.trans(x), d, sums[j], PRECISION),)
+            added += (add_dphi(sums[j], x, d, PRECISION),)
         sums = added
     dphi_parts += tl.program_id(1).to(tl.int64) * (n * C * COLUMNS)
-    store_dphi(dphi_parts, sums, group, block, n, C, COLUMNS, GROUP)
+    store_dphi(dphi_parts, sums, group, block, n, C, COLUMNS, GROUP, BK, COLS)
 
 
 @triton.jit
@@ -386,21 +385,47 @@ def load_weights(
 
 @triton.jit
 def zero_sums(GROUP: tl.constexpr, BK: tl.constexpr, COLS: tl.constexpr):
-    """Where the sums of dφ begin."""
+    """Where the sums of dφ begin: [COLS, BK], or [BK, COLS] if there are more columns.
+
+    The longer side is the last, as in the tiles of dX, [BT, BK]: the compiler cuts all products of
+    a loop among warps in the same way, along the longer side of the first, and where it cuts the
+    shorter side of another, several warps hold the same sums.
+    """
     sums = ()
     for _ in tl.static_range(GROUP):
-        sums += (tl.zeros([BK, COLS], tl.float32),)
+        if COLS <= BK:
+            sums += (tl.zeros([COLS, BK], tl.float32),)
+        else:
+            sums += (tl.zeros([BK, COLS], tl.float32),)
     return sums
+
+
+@triton.jit
+def add_dphi(total, x, dy, PRECISION: tl.constexpr):
+    """total + xᵀ dy, or its transpose, see `zero_sums`; x is [BT, BK], dy [BT, COLS]."""
+    if dy.shape[1] > x.shape[1]:
+        return multiply(tl.trans(x), dy, total, PRECISION)
+    elif PRECISION == "bfloat16":  # noqa: RET505
+        high, low = two_terms(tl.trans(dy))
+        return tl.dot(low, x, tl.dot(high, x, total))
+    elif PRECISION == "float16":
+        return multiply_float32(tl.trans(dy), x.to(tl.float32), total)
+    else:
+        return tl.dot(tl.trans(dy), x, total, input_precision=PRECISION)
 
 
 @triton.jit
 def store_dphi(
     dphi_parts, sums, group, block, n: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, BK: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """The sums of a program, as a slot of dφ has them."""
-    channel = block + tl.arange(0, sums[0].shape[0])[:, None]
-    column = tl.arange(0, sums[0].shape[1])[None, :]
+    if COLS <= BK:
+        column = tl.arange(0, COLS)[:, None]
+        channel = block + tl.arange(0, BK)[None, :]
+    else:
+        column = tl.arange(0, COLS)[None, :]
+        channel = block + tl.arange(0, BK)[:, None]
     for j in tl.static_range(GROUP):
         real = (group + j < n) & (channel < C) & (column < COLUMNS)
         tl.store(dphi_parts + ((group + j) * C + channel) * COLUMNS + column, sums[j], real)

@@ -19,6 +19,7 @@ from . import sums
 from .launch import launch, token_blocks
 from .post_res import mix, post_res, post_res_backward
 from .projection import (
+    add_dphi,
     add_tile,
     config,
     gradient_tile,
@@ -26,7 +27,6 @@ from .projection import (
     load_dy,
     load_phi,
     load_weights,
-    multiply,
     project,
     settled,
     slots,
@@ -154,7 +154,7 @@ def _backward(
     channel = block + tl.arange(0, BK)[None, :]
     token = tl.arange(0, BT)[:, None]
     H_parts += tl.program_id(0) * ((n * n + n) * T.to(tl.int64))
-    tiles = load_weights(phi, 0, block, n, C, COLUMNS, n, BK, COLS)
+    weights_next = load_weights(phi, 0, block, n, C, COLUMNS, n, BK, COLS)
     dphi = zero_sums(n, BK, COLS)
     for row in tl.range(begin, tl.minimum(begin + size, T), BT):
         live = row + token < T
@@ -163,17 +163,21 @@ def _backward(
         d = load_dy(dy + row * COLUMNS, live, COLUMNS, COLS)
         scale = tl.load(norm_grad + row + token, live, other=0.0)
         branch = tl.load(dh + rows + channel, mask, other=0.0).to(tl.float32)
+        streams = ()
         dX2 = ()
-        added = ()
         for i in tl.static_range(n):
             x = tl.load(X2 + rows * n + i * C + channel, mask, other=0.0)
-            g = gradient_tile(x, d, scale, tiles[i], PRECISION)
+            g = gradient_tile(x, d, scale, weights_next[i], PRECISION)
             weight = tl.load(H_pre + row * n + token * n + i, live, other=0.0)
             g = tl.fma(weight, branch, g)
             if partial is not None:
                 g += tl.load(partial + rows * n + i * C + channel, mask, other=0.0).to(tl.float32)
-            added += (multiply(tl.trans(x), d, dphi[i], PRECISION),)
+            streams += (x,)
             dX2 += (g,)
+        # In a loop of its own: in the one above dy would be in registers twice, as both operands.
+        added = ()
+        for i in tl.static_range(n):
+            added += (add_dphi(dphi[i], streams[i], d, PRECISION),)
         dphi = added
         weights = load_numbers(H_res + row * (n * n) + token * (n * n), live, n * n)
         posts = load_numbers(H_post + row * n + token * n, live, n)
@@ -189,7 +193,7 @@ def _backward(
         x = tl.load(f + rows + channel, mask, other=0.0)
         store_dots(parts + n * n * T.to(tl.int64), dX2, x, live, T.to(tl.int64), n)
     dphi_parts += tl.program_id(1).to(tl.int64) * (n * C * COLUMNS)
-    store_dphi(dphi_parts, dphi, 0, block, n, C, COLUMNS, n)
+    store_dphi(dphi_parts, dphi, 0, block, n, C, COLUMNS, n, BK, COLS)
 
 
 @triton.jit
