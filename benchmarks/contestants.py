@@ -20,6 +20,7 @@ from mhc_compile.kernels.variants import get_variant
 Step = Callable[[], Any]
 EPS = 1e-6
 PAPER = get_variant("mhc")
+TEXT = PAPER.text
 mhc = torch.ops.mhc
 
 
@@ -78,12 +79,12 @@ def operators(case: Case) -> Step:
 
     def step() -> Any:
         _, H_pre, H_post, H_res, y, inv_r = mhc.coefficients_pre(
-            *mapping, PAPER.text, EPS, case.dtype
+            *mapping, TEXT, EPS, case.dtype
         )
         mhc.post_res(H_res, H_post, o.X, o.f)
         dH_res, dH_post, partial, df = mhc.post_res_backward(o.dX2, H_res, H_post, o.X, o.f)
         kept = (H_pre, *mapping, y, inv_r, partial)
-        return df, mhc.coefficients_pre_backward(o.dh, dH_post, dH_res, *kept, PAPER.text, EPS)
+        return df, mhc.coefficients_pre_backward(o.dh, dH_post, dH_res, *kept, TEXT, EPS)
 
     return step
 
@@ -91,16 +92,16 @@ def operators(case: Case) -> Step:
 def seams(case: Case) -> Step:
     """This library's operators for an inner site of a chain (29C)."""
     o = Operands.of(case)
-    _, H_post, H_res, *_ = mhc.coefficients(o.X, o.phi, o.alpha, o.bias, PAPER.text, EPS)
+    _, H_post, H_res, *_ = mhc.coefficients(o.X, o.phi, o.alpha, o.bias, TEXT, EPS)
     dH_post, dH_res = torch.randn_like(H_post), torch.randn_like(H_res)
     mapping = (o.phi, o.alpha, o.bias)
 
     def step() -> Any:
         X2, _, H_pre, _, _, y, inv_r = mhc.seam(
-            H_res, H_post, o.X, o.f, *mapping, PAPER.text, EPS, case.dtype
+            H_res, H_post, o.X, o.f, *mapping, TEXT, EPS, case.dtype
         )
         kept = (H_pre, X2, *mapping, y, inv_r, o.dX2, H_res, H_post, o.X, o.f)
-        return mhc.seam_backward(o.dh, dH_post, dH_res, *kept, PAPER.text, EPS)
+        return mhc.seam_backward(o.dh, dH_post, dH_res, *kept, TEXT, EPS)
 
     return step
 

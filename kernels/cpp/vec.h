@@ -110,13 +110,27 @@ INLINE void keep([[maybe_unused]] Vector &v) {
 
 INLINE V larger(V a, V b) { return a > b ? a : b; }
 
+template <class Half, class Vector>
+INLINE Half halves(Vector v) {
+    Half part[2];
+    __builtin_memcpy(part, &v, sizeof part);
+    return part[0] + part[1];
+}
+
 // The sum of all lanes, halves first.
 INLINE K sum(V v) {
-    K lanes[W];
-    __builtin_memcpy(lanes, &v, sizeof v);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-    return lanes[0];
+    typedef K V16 __attribute__((vector_size(16)));
+    typedef K V32 __attribute__((vector_size(32)));
+    V16 rest;
+    if constexpr (VECTOR_BYTES == 64)
+        rest = halves<V16>(halves<V32>(v));
+    else if constexpr (VECTOR_BYTES == 32)
+        rest = halves<V16>(v);
+    else
+        __builtin_memcpy(&rest, &v, sizeof rest);
+    constexpr int LAST = 16 / sizeof(K) - 1, MIDDLE = (LAST + 1) / 2;
+    if (LAST == 1) return rest[0] + rest[1];
+    return (rest[0] + rest[MIDDLE]) + (rest[1] + rest[LAST]);
 }
 
 // --- memory -------------------------------------------------------------------------------------
