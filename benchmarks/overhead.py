@@ -61,10 +61,9 @@ def contestants(model: str, n: int) -> dict[str, Callable[[], nn.Module]]:
     if n == 4:
         for name in PASSES:
             makers[f"{OURS} without {name}"] = lambda name=name: _transformed(base(), n, name)
-    if model == "gpt":
+    if model == "gpt" and n == 4:
         makers["transformers V4 modules"] = lambda: _compiled(V4GPT(n), "inductor")
-        if n == 4:
-            makers["lucidrains mHC"] = lambda: _compiled(LucidrainsGPT(n), "inductor")
+        makers["lucidrains mHC"] = lambda: _compiled(LucidrainsGPT(n), "inductor")
     return makers
 
 
