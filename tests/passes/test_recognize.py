@@ -60,9 +60,9 @@ def branch(h: Tensor, W: Tensor) -> Tensor:
 
 
 def three_projections(X, W, res, post, pre, a_pre, a_post, a_res, b_pre, b_post, b_res):
-    """A matrix, a factor and a bias for each of the three, the residual first."""
+    """A matrix, a factor and a bias for each of the three, the residual first and transposed."""
     x = F.rms_norm(X.flatten(-2), (N * WIDTH,), eps=EPS)
-    H_res = sinkhorn(a_res * (x @ res).unflatten(-1, (N, N)) + b_res)
+    H_res = sinkhorn(a_res * (x @ res).unflatten(-1, (N, N)).mT + b_res)
     H_post = 2 * torch.sigmoid(a_post * (x @ post) + b_post)
     H_pre = torch.sigmoid(a_pre * (x @ pre) + b_pre)
     f = branch(torch.einsum("btn,btnc->btc", H_pre, X), W)
@@ -116,7 +116,7 @@ D, SQUARE = N * WIDTH, (WIDTH, WIDTH)
 PAPER = {
     three_projections: (
         *((D, N * N), (D, N), (D, N), (), (), (1,), (N,), (N,), (N, N)),
-        "mhc(iterations=4, transposed=True)",
+        "mhc(iterations=4)",
     ),
     linears_with_a_bias: (
         *((N, D), (N, D), (N * N, D), (N,), (N,), (N * N,), (D,)),
@@ -265,7 +265,7 @@ def test_what_resembles_a_connection() -> None:
         read = (k.unsqueeze(-2) @ state).squeeze(-2)
         return state * 0.5 + k.unsqueeze(-1) * (v - read).unsqueeze(-2)
 
-    inputs = leaves(SQUARE, (2, 5, WIDTH), (WIDTH, N), (WIDTH, WIDTH))
+    inputs = leaves(SQUARE, (2, 5, D), (D, N), (D, WIDTH))
     gm, context, notes = recognized(delta_rule, inputs)
     assert notes == [] and context.own == []
     assert gm.code == traced(delta_rule, inputs).code
