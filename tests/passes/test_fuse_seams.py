@@ -143,9 +143,9 @@ def test_sizes_may_be_symbolic() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("spelling", ["alpha", "twice", "promoted", "broadcast"])
+@pytest.mark.parametrize("spelling", ["alpha", "twice", "promoted", "broadcast", "read"])
 def test_an_addition_that_is_no_sum_of_gradients(spelling: str) -> None:
-    """Only additions of two tensors of one shape and dtype, each counted once, are folded."""
+    """Only additions of two tensors of one shape and dtype, each read and counted once, are it."""
     graph = fx.Graph()
     a, b = graph.placeholder("a"), graph.placeholder("b")
     dtype = BF16 if spelling == "promoted" else FP32
@@ -157,7 +157,7 @@ def test_an_addition_that_is_no_sum_of_gradients(spelling: str) -> None:
     else:
         total = graph.call_function(add, (a, a if spelling == "twice" else b))
     total.meta["val"] = torch.empty(2, 3)
-    graph.output((total, b) if spelling == "twice" else total)
+    graph.output((total, b) if spelling in ("twice", "read") else total)
     assert sum_of(a, a if spelling == "twice" else b) is None
 
 
