@@ -337,5 +337,6 @@ def _check_whole(gm: fx.GraphModule, module: nn.Module) -> None:
             f"Dynamo breaks the graph of {type(module).__name__} at {broken}; a model that was not "
             "transformed must be captured whole. Call mhc_compile.transform(model) first (breaks "
             "outside the residual streams are then allowed), or remove the break "
-            "(torch.compile(..., fullgraph=True) shows it)."
+            "(torch.compile(..., fullgraph=True) shows it). Has it hyper-connections of its own, "
+            "pass options={'n': 1}: nothing is added."
         )

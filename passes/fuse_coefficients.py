@@ -35,6 +35,7 @@ from .identify import Refused
 from .mapping import (
     Mapping,
     Reading,
+    is_widened,
     mappings,
     place_of,
     read,
@@ -332,16 +333,11 @@ def _random_operand(tail: tuple[int, ...], seed: int) -> Tensor:
 # --- what was recognised --------------------------------------------------------------------------
 
 
-def _is_own(mapping: Mapping) -> bool:
-    """Whether a mapping was written by hand: `widen` multiplies with ``mhc::matmul``."""
-    return mapping.y.target is not torch.ops.mhc.matmul.default
-
-
 def _own_sites(found: Sequence[_Coefficients]) -> list[Site]:
     """The sites that were written by hand, in the order of the graph."""
     sites: list[Site] = []
     for made in found:
-        if _is_own(made.reading.mapping):
+        if not is_widened(made.reading.mapping.y):
             sites.append(_own_site(made, sites))
     return sites
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..kernels import ops  # noqa: F401  (registers mhc::matmul)
 from ..kernels.variants import Variant
 from .fake import Writer
 from .identify import Met, Refused, Roles, oracle_of, residuals
@@ -30,6 +31,7 @@ from .token_rules import Known, Value
 __all__ = [
     "Mapping",
     "Reading",
+    "is_widened",
     "mapping_of",
     "mappings",
     "place_of",
@@ -119,6 +121,11 @@ def _streams_of(flat: fx.Node) -> fx.Node | None:
     if len(tail) < 2 or any(type(size) is not int for size in (*tail, width)):
         return None
     return strip_casts(source) if math.prod(tail) == width and tail[0] > 1 else None  # type: ignore
+
+
+def is_widened(product: fx.Node) -> bool:
+    """Whether `widen` wrote a product: it multiplies mappings with ``mhc::matmul``."""
+    return product.target is torch.ops.mhc.matmul.default
 
 
 def place_of(node: fx.Node) -> tuple[str, str]:

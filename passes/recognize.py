@@ -28,7 +28,7 @@ from .context import Context, PassResult
 from .dataflow import erase_dead_code, unread
 from .fake import Writer
 from .identify import residuals
-from .mapping import mapping_of, place_of
+from .mapping import is_widened, mapping_of, place_of
 from .match import is_view, strip_casts
 from .operators import Kind, dtype_of, holds_tensor, is_float_tensor, kind_of, op_name, shape_of
 from .sites import Reason, Rejected, location_of
@@ -223,6 +223,8 @@ def _write_back(node: fx.Node) -> WriteBack | None:
     if total is None:
         return None
     products = tuple(p for p in _above([post], stop=_is_product) if _is_product(p))
+    if any(is_widened(product) for product in products):
+        return None
     around = _above([other for other in total.all_input_nodes if other is not term])
     for product in products:
         for X in _above([_data(product)]):

@@ -204,12 +204,20 @@ def test_checkpointed_blocks() -> None:
     assert len(graph.sites) == 4
 
 
-def test_graph_breaks_cost_seams_only() -> None:
-    plain = hyper.PaperModel(broken=True)
-    model = torch.compile(copy.deepcopy(plain), backend="mhc")
+@pytest.mark.parametrize("options", [{}, {"n": 1}], ids=str)
+@pytest.mark.parametrize("broken", ["in front", "behind"])
+def test_graph_breaks(broken: str, options: dict[str, int]) -> None:
+    """A graph without connections is one of a model that has some: known, or said by n = 1."""
+    plain = hyper.PaperModel(layers=1, broken=broken)
+    model = torch.compile(copy.deepcopy(plain), backend="mhc", options=options)
+    if broken == "in front" and not options:
+        with pytest.raises(_torch.BackendCompilerFailed, match=r"options=\{'n': 1\}"):
+            model(signal())
+        return
     torch.testing.assert_close(model(signal()), plain(signal()))
-    graphs = mhc_compile.graphs(model._orig_mod)
-    assert [len(graph.sites) for graph in graphs] == [2, 2]
+    (graph,) = mhc_compile.graphs(model._orig_mod)
+    assert [site.name for site in graph.sites] == PAPER_SITES[:2]
+    assert not any(is_swapped(m) for m in model.modules())
 
 
 def test_autocast_rounds_the_projection() -> None:

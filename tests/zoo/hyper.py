@@ -182,9 +182,9 @@ class PaperBlock(nn.Module):
 
 
 class PaperModel(nn.Module):
-    """Streams, blocks, the mean of the streams; `broken` breaks the graph between two blocks."""
+    """Streams, blocks, the mean of the streams; `broken` breaks the graph there."""
 
-    def __init__(self, layers: int = 2, n: int = 4, width: int = 16, broken: bool = False) -> None:
+    def __init__(self, layers: int = 2, n: int = 4, width: int = 16, broken: str = "") -> None:
         super().__init__()
         self.n, self.broken = n, broken
         self.blocks = nn.ModuleList(PaperBlock(n, width) for _ in range(layers))
@@ -192,8 +192,10 @@ class PaperModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         X = x.unsqueeze(-2).expand(*x.shape[:-1], self.n, x.shape[-1])
+        if self.broken == "in front":
+            torch._dynamo.graph_break()
         for block in self.blocks:
             X = block(X)
-            if self.broken:
-                torch._dynamo.graph_break()
+        if self.broken == "behind":
+            torch._dynamo.graph_break()
         return F.silu(self.head(X.mean(-2)))
