@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import sums
-from .launch import launch, token_blocks
+from .launch import lanes, launch, token_blocks
 from .post_res import mix, post_res, post_res_backward
 from .projection import (
     add_dphi,
@@ -58,11 +58,13 @@ def post_res_project(
     X2 = torch.empty_like(X)
     y_parts = phi.new_empty(cut.splits, T, columns)
     square_parts = phi.new_empty(cut.splits, T)
+    # Loads run a block ahead where there are registers for it.
+    ahead = X.dtype.itemsize == 2 and lanes() == 32
     launch(
         _forward, (token_blocks(T, cut.BT), cut.splits), X2, y_parts, square_parts,
         H_res, H_post, X, f, phi, T,
         n=n, C=C, COLUMNS=columns, SLICE=cut.SLICE, BT=cut.BT, BK=cut.BK, COLS=cut.COLS,
-        PRECISION=cut.PRECISION, num_warps=cut.num_warps, num_stages=1,
+        PRECISION=cut.PRECISION, num_warps=cut.num_warps, num_stages=1 + ahead,
     )  # fmt: skip
     return X2, y_parts, square_parts
 
