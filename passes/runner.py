@@ -64,7 +64,7 @@ class HistoryEntry:
         return re.findall(r"torch\.ops\.mhc\.(\w+)", self.code)
 
     def __str__(self) -> str:
-        """Python that runs: ``forward(self, *inputs)``, self a module with the graph's constants."""
+        """Python that runs: ``forward(self, *inputs)``, self a module with its constants."""
         head = f"# {self.name} ({self.milliseconds:.1f} ms): {'; '.join(self.notes)}"
         return f"{head}\n{_IMPORTS}{self.code}"
 
