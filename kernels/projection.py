@@ -338,7 +338,7 @@ def _gradients(
     for row in tl.range(begin, tl.minimum(begin + size, T), BT):
         live = row + token < T
         inside = live if C % BK == 0 else live & (channel < C)
-        d = load_dy(dy + row * COLUMNS, live, COLUMNS, COLS)
+        d = load_dy(dy + row * COLUMNS, live, COLUMNS, COLS, PRECISION)
         scale = tl.load(norm_grad + row + token, live, other=0.0)
         if dh is not None:
             gradient = tl.load(dh + row * C + token * C + channel, inside, other=0.0)
@@ -363,11 +363,22 @@ def _gradients(
 
 
 @triton.jit
-def load_dy(dy, live, COLUMNS: tl.constexpr, COLS: tl.constexpr):
-    """The rows of dy of a block of tokens, [BT, COLS]; live is [BT, 1]."""
+def load_dy(
+    dy, live, COLUMNS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """The rows of dy of a block of tokens, [BT, COLS], in the terms of its products.
+
+    live is [BT, 1].
+    """
     token = tl.arange(0, live.shape[0])[:, None]
     column = tl.arange(0, COLS)[None, :]
-    return tl.load(dy + token * COLUMNS + column, live & (column < COLUMNS), other=0.0)
+    d = tl.load(dy + token * COLUMNS + column, live & (column < COLUMNS), other=0.0)
+    if PRECISION == "bfloat16" or PRECISION == "float16":
+        high, low = two_terms(d)
+        terms = (settled(high), settled(low))
+    else:
+        terms = (d,)
+    return terms
 
 
 @triton.jit
@@ -402,16 +413,28 @@ def zero_sums(GROUP: tl.constexpr, BK: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def add_dphi(total, x, dy, PRECISION: tl.constexpr):
-    """total + xᵀ dy, or its transpose, see `zero_sums`; x is [BT, BK], dy [BT, COLS]."""
-    if dy.shape[1] > x.shape[1]:
-        return multiply(tl.trans(x), dy, total, PRECISION)
-    elif PRECISION == "bfloat16":  # noqa: RET505
-        high, low = two_terms(tl.trans(dy))
-        return tl.dot(low, x, tl.dot(high, x, total))
+    """total + xᵀ dy, or its transpose, see `zero_sums`; x is [BT, BK], dy from `load_dy`."""
+    if PRECISION == "bfloat16":
+        total = add_product(total, x, dy[0], "ieee")
+        total = add_product(total, x, dy[1], "ieee")
     elif PRECISION == "float16":
-        return multiply_float32(tl.trans(dy), x.to(tl.float32), total)
+        high, low = two_terms(x.to(tl.float32))
+        total = add_product(total, high, dy[0], "ieee")
+        total = add_product(total, high, dy[1], "ieee")
+        total = add_product(total, low, dy[0], "ieee")
     else:
-        return tl.dot(tl.trans(dy), x, total, input_precision=PRECISION)
+        total = add_product(total, x, dy[0], PRECISION)
+    return total
+
+
+@triton.jit
+def add_product(total, x, dy, PRECISION: tl.constexpr):
+    """`add_dphi` for a single term."""
+    if dy.shape[1] > x.shape[1]:
+        total = tl.dot(tl.trans(x), dy, total, input_precision=PRECISION)
+    else:
+        total = tl.dot(tl.trans(dy), x, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -435,13 +458,16 @@ def store_dphi(
 def gradient_tile(x, dy, norm_grad, phi, PRECISION: tl.constexpr):
     """dy φᵀ + norm_grad x: what coefficients add to the gradient of tile x [BT, BK], in float32.
 
-    dy is [BT, COLS], norm_grad [BT, 1], φ [BK, COLS].
+    dy is from `load_dy`, norm_grad [BT, 1], φ [BK, COLS].
     """
-    zeros = tl.zeros([x.shape[0], x.shape[1]], tl.float32)
+    d = tl.zeros([x.shape[0], x.shape[1]], tl.float32)
     if PRECISION == "bfloat16" or PRECISION == "float16":
-        d = multiply_float32(dy, tl.trans(phi), zeros)
+        high, low = two_terms(tl.trans(phi))
+        d = tl.dot(dy[0], high, d)
+        d = tl.dot(dy[0], low, d)
+        d = tl.dot(dy[1], high, d)
     else:
-        d = tl.dot(dy, tl.trans(phi), zeros, input_precision=PRECISION)
+        d = tl.dot(dy[0], tl.trans(phi), d, input_precision=PRECISION)
     return tl.fma(norm_grad, x.to(tl.float32), settled(d))
 
 

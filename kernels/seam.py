@@ -162,7 +162,7 @@ def _backward(
         live = row + token < T
         rows = row * C + token * C
         mask = live if C % BK == 0 else live & (channel < C)
-        d = load_dy(dy + row * COLUMNS, live, COLUMNS, COLS)
+        d = load_dy(dy + row * COLUMNS, live, COLUMNS, COLS, PRECISION)
         scale = tl.load(norm_grad + row + token, live, other=0.0)
         branch = tl.load(dh + rows + channel, mask, other=0.0).to(tl.float32)
         streams = ()
