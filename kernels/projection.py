@@ -260,19 +260,15 @@ class Slots:
 def slots(T: int, n: int, C: int, columns: int, dtype: torch.dtype) -> Slots:
     """The cut for streams of this shape and dtype; errors as in `config`."""
     COLS, PRECISION = _columns(n, columns), _precision(dtype)
-    if COLS <= 64:
-        # On AMD, where bfloat16 products take more registers, 64 channels would spill.
-        BK = 32 if lanes() == 64 and dtype.itemsize == 2 else 64
-        tile, GROUP = _THREADS * 16 // dtype.itemsize, _MOST_SUMS // (64 * COLS)
-    else:  # dy takes so many registers that tiles are half as large, of one stream
-        BK, tile, GROUP = 16 * dtype.itemsize, 1024, 1
+    # On AMD, where bfloat16 products take more registers, 64 channels would spill.
+    BK = 32 if lanes() == 64 and dtype.itemsize == 2 else 64
     BK = min(BK, max(16, triton.next_power_of_2(C)))
-    BT = tile // BK
+    BT = _THREADS * 16 // dtype.itemsize // BK
     size = BT * triton.cdiv(triton.cdiv(T, BT), _SLOTS)
     return Slots(
         BT=BT,
         BK=BK,
-        GROUP=min(n, GROUP),
+        GROUP=min(n, max(1, _MOST_SUMS // (64 * COLS))),
         COLS=COLS,
         PRECISION=PRECISION,
         num_warps=_THREADS // lanes(),
