@@ -5,6 +5,9 @@ Bytes per token, in units of C elements of the streams (φ, dφ and the numbers 
     post_res_project    reads (n+1)C     writes nC        X' of a site, and x⃗' φ of the next
     seam_gradients      reads (3n+2)C, nC for partial where given     writes (n+1)C
 
+`seam_gradients` also writes, and reads once more, parts of dH_res and dH_post: 4 (n² + n) bytes a
+token for every 64 channels, at n = 4 as much as 0.6C of 16 bits.
+
 `post_res_project` has the bits of `post_res` and `project`: it rounds X' before it goes on, and
 calls `mix` and `add_tile` with the same tiles in the same order. `seam_gradients` never writes the
 gradient of X' to memory and never rounds it.
