@@ -3,7 +3,7 @@
 Bytes per token, in units of C elements of the streams (φ, dφ and the numbers of a token apart):
 
     post_res_project    reads (n+1)C     writes nC        X' of a site, and x⃗' φ of the next
-    seam_gradients      reads (3n+2)C, nC for partial where given     writes (n+1)C
+    seam_gradients      reads (2n+2)C, and nC for partial where given     writes (n+1)C
 
 `seam_gradients` also writes, and reads once more, parts of dH_res and dH_post: 4 (n² + n) bytes a
 token for every 64 channels, at n = 4 as much as 0.6C of 16 bits.
