@@ -78,9 +78,7 @@ def operators(case: Case) -> Step:
     mapping = (o.X, o.phi, o.alpha, o.bias)
 
     def step() -> Any:
-        _, H_pre, H_post, H_res, y, inv_r = mhc.coefficients_pre(
-            *mapping, TEXT, EPS, case.dtype
-        )
+        _, H_pre, H_post, H_res, y, inv_r = mhc.coefficients_pre(*mapping, TEXT, EPS, case.dtype)
         mhc.post_res(H_res, H_post, o.X, o.f)
         dH_res, dH_post, partial, df = mhc.post_res_backward(o.dX2, H_res, H_post, o.X, o.f)
         kept = (H_pre, *mapping, y, inv_r, partial)
@@ -104,6 +102,23 @@ def seams(case: Case) -> Step:
         return mhc.seam_backward(o.dh, dH_post, dH_res, *kept, TEXT, EPS)
 
     return step
+
+
+def parts(case: Case) -> dict[str, Step]:
+    """The operators that the two forms above consist of, one by one."""
+    o = Operands.of(case)
+    mapping = (o.X, o.phi, o.alpha, o.bias)
+    _, H_pre, H_post, H_res, y, inv_r = mhc.coefficients_pre(*mapping, TEXT, EPS, case.dtype)
+    closed = (H_res, H_post, o.X, o.f)
+    kept = (torch.randn_like(H_post), torch.randn_like(H_res), H_pre, *mapping, y, inv_r, o.dX2)
+    return {
+        "coefficients_pre": lambda: mhc.coefficients_pre(*mapping, TEXT, EPS, case.dtype),
+        "post_res": lambda: mhc.post_res(*closed),
+        "post_res_backward": lambda: mhc.post_res_backward(o.dX2, *closed),
+        "coefficients_pre_backward": lambda: mhc.coefficients_pre_backward(o.dh, *kept, TEXT, EPS),
+        "seam": lambda: mhc.seam(*closed, *mapping[1:], TEXT, EPS, case.dtype),
+        "seam_backward": lambda: mhc.seam_backward(o.dh, *kept, *closed, TEXT, EPS),
+    }
 
 
 def reference_eager(case: Case) -> Step:
@@ -208,12 +223,37 @@ def liger(case: Case) -> Step:
     X, f = o.X.requires_grad_(), o.f.requires_grad_()
     phi = o.phi.to(case.dtype).requires_grad_()
     bias, alpha = o.bias.requires_grad_(), o.alpha.requires_grad_()
+    options = {"tmax": 20, "rms_eps": EPS, "allow_fp32": case.dtype is torch.float32}
 
     def step() -> Any:
-        H_pre, H_post, H_res = functional.liger_mhc_coeffs(X, phi, bias, *alpha.unbind(), tmax=20)
+        H_pre, H_post, H_res = functional.liger_mhc_coeffs(X, phi, bias, *alpha.unbind(), **options)
         h = functional.liger_mhc_pre(X, H_pre)
         X2 = functional.liger_mhc_post_res(X, f, H_post, H_res)
         return torch.autograd.grad((h, X2), (X, f, phi, bias, alpha), (o.dh, o.dX2))
+
+    return step
+
+
+def transformer_engine(case: Case) -> Step:
+    """The functions of TransformerEngine's Triton kernels (CUDA only), which have streams last."""
+    from transformer_engine.pytorch.triton import mhc as fused
+
+    if case.n != 4:
+        raise NotImplementedError("4 streams only")
+    o, tokens = Operands.of(case), (case.tokens, 1)
+    X, dX2 = (t.mT.contiguous().unsqueeze(1) for t in (o.X, o.dX2))
+    f, dh = o.f.unsqueeze(1).requires_grad_(), o.dh.unsqueeze(1)
+    X, phi = X.requires_grad_(), o.phi.T.contiguous().to(case.dtype).requires_grad_()
+    alpha, bias = o.alpha.requires_grad_(), o.bias.unsqueeze(0).requires_grad_()
+
+    def step() -> Any:
+        y, square = fused.mhc_fused_projection(X.flatten(1), phi)
+        H_pre, H_post, H_res = fused.mhc_fused_scale(y, alpha, bias, square, case.n)
+        H_res = fused.mhc_fused_sinkhorn(H_res.reshape(*tokens, case.n, case.n), case.n)
+        h = fused.mhc_fused_aggregate(X, H_pre.reshape(*tokens, case.n), case.n)
+        H_post = H_post.reshape(*tokens, case.n)
+        X2 = fused.mhc_fused_expand_combine(f, None, H_post, X, H_res, case.n)
+        return torch.autograd.grad((h, X2), (X, f, phi, alpha, bias), (dh, dX2))
 
     return step
 
@@ -242,5 +282,5 @@ PEERS = {
     "transformers V4, Inductor": transformers_compiled,
     "lucidrains mHC, eager": lucidrains_eager,
 }
-CUDA_PEERS = {"Liger": liger}
+CUDA_PEERS = {"Liger": liger, "TransformerEngine": transformer_engine}
 ROOFLINE = {"copy": copy, "matmul": matmul}

@@ -2,7 +2,8 @@
 //
 // A site streams through more memory than the caches hold, in rows that start anew too often for
 // the processor to guess them. Asked for early, they are on their way into L2 while registers are
-// busy with what is there. Addresses behind the end of an array do no harm.
+// busy with what is there. What will be written is asked for as such: its lines may lie in the
+// caches of another core, which has to give them up. Addresses behind an array's end do no harm.
 #pragma once
 
 #include "vec.h"
@@ -13,16 +14,21 @@ constexpr int LINE = 64;
 class Lines {
   public:
     Lines() = default;
-    Lines(const char *at, int64_t each, int64_t step) : at(at), each(int(each)), step(step) {}
+    Lines(const char *at, int64_t each, int64_t step, bool write)
+        : at(at), each(int(each)), write(write), step(step) {}
 
     inline __attribute__((always_inline)) void ask() {
-        for (int k = 0; k < each; ++k) __builtin_prefetch(at + k * LINE, 0, 2);
+        if (write)
+            for (int k = 0; k < each; ++k) __builtin_prefetch(at + k * LINE, 1, 2);
+        else
+            for (int k = 0; k < each; ++k) __builtin_prefetch(at + k * LINE, 0, 2);
         at += step;
     }
 
   private:
     const char *at = nullptr;
     int each = 0;
+    bool write = false;
     int64_t step = 0;
 };
 
@@ -31,19 +37,15 @@ class Ahead {
   public:
     explicit Ahead(int64_t calls) : calls(calls < 1 ? 1 : calls) {}
 
-    template <class Element>
-    void add(const Element *start, int64_t count) {
-        if (count <= 0) return;
-        const int64_t bytes = count * int64_t(sizeof(Element));
-        pieces[number++] = {reinterpret_cast<const char *>(start), bytes};
-        total += bytes;
-    }
+    void to_read(const Stream *start, int64_t count) { add(start, count, false); }
+    void to_write(const Stream *start, int64_t count) { add(start, count, true); }
 
     // What to ask for in the next `some` calls.
     Lines next(int64_t some) {
         if (current == number) return Lines();
         const int64_t each = (total + calls * LINE - 1) / (calls * LINE);
-        const Lines lines(pieces[current].start + done, each, each * LINE);
+        const Lines lines(pieces[current].start + done, each, each * LINE,
+                          pieces[current].write);
         done += some * each * LINE;
         if (done >= pieces[current].bytes) {
             ++current;
@@ -53,9 +55,17 @@ class Ahead {
     }
 
   private:
+    void add(const Stream *start, int64_t count, bool write) {
+        if (count <= 0) return;
+        const int64_t bytes = count * int64_t(sizeof(Stream));
+        pieces[number++] = {reinterpret_cast<const char *>(start), bytes, write};
+        total += bytes;
+    }
+
     struct {
         const char *start;
         int64_t bytes;
+        bool write;
     } pieces[8];
     int number = 0, current = 0;
     int64_t calls, total = 0, done = 0;

@@ -103,13 +103,17 @@ extern "C" void site_forward(int threads, int64_t T, int64_t C, int columns, Cha
                 for (int64_t t = begin; t < end; ++t)
                     post_res_row(H_res_before + t * N * N, H_post_before + t * N,
                                  X_before + t * width, f + t * C, X + t * width, C);
-            // The inputs of the next block, and what is written: that is read into the cache too.
+            // The inputs of the next block, and what is written.
             Ahead ahead(asks_of(tokens, width, columns));
             const int64_t next = smaller(block, T - end);
-            ahead.add(X + end * width, next * width);
-            if (f != nullptr) ahead.add(X_before + end * width, next * width);
-            if (f != nullptr) ahead.add(f + end * C, next * C);
-            if (h != nullptr) ahead.add(h + begin * C, tokens * C);
+            if (f == nullptr) {
+                ahead.to_read(X + end * width, next * width);
+            } else {
+                ahead.to_write(X + end * width, next * width);
+                ahead.to_read(X_before + end * width, next * width);
+                ahead.to_read(f + end * C, next * C);
+            }
+            if (h != nullptr) ahead.to_write(h + begin * C, tokens * C);
             project(X + begin * width, tokens, width, rows, K(eps), y + begin * columns,
                     inv_r + begin, ahead);
             chain(tokens, y + begin * columns, inv_r + begin, alpha, bias, H_pre + begin * N,

@@ -30,7 +30,7 @@ constexpr int dX_VECTORS = REGISTERS == 32 ? 4 : 2;
 static int64_t chunk_of(int64_t width) {
     constexpr int64_t BYTES = 4 << 20;
     const int64_t tokens = BYTES / (width * int64_t(sizeof(Stream))) / GROUP * GROUP;
-    return tokens < GROUP ? GROUP : smaller(tokens, 256);
+    return tokens < GROUP ? GROUP : smaller(tokens, 512);
 }
 
 // Where the parts of the workspace lie.
@@ -193,7 +193,7 @@ static void dphi_of_unit(const Backward &b, const Unit &unit, int64_t begin, int
         const auto next = [&](int64_t calls) {
             const Lines lines(reinterpret_cast<const char *>(next_rows),
                               (channels * int64_t(sizeof(Stream)) + LINE - 1) / LINE,
-                              width * int64_t(sizeof(Stream)));
+                              width * int64_t(sizeof(Stream)), false);
             next_rows += calls * width;
             return lines;
         };
@@ -245,15 +245,18 @@ extern "C" void site_backward(int threads, int64_t T, int64_t C, int columns, Ch
                 chain(count, width, d, dH_post + t * N, dH_res + t * N * N, y + t * columns,
                       inv_r + t, alpha, bias, stride, w.dy + g * stride, w.factor + g,
                       w.dbias + g * columns, w.dalpha + g * 3);
-                // What is used next, and what is written: that is read into the cache too.
+                // What is used next, and what is written.
                 Ahead ahead(units * ((count + dX_TOKENS - 1) / dX_TOKENS) * columns);
                 const int64_t size = count * width, next = t + count;
-                if (f != nullptr) ahead.add(X_before + t * width, size);
-                if (f != nullptr) ahead.add(f + t * C, size / N);
-                ahead.add(dX + t * width, size);
-                ahead.add(X + next * width, size);
-                if (dh != nullptr) ahead.add(dh + next * C, size / N);
-                if (partial != nullptr) ahead.add(partial + next * width, size);
+                if (f != nullptr) {
+                    ahead.to_read(X_before + t * width, size);
+                    ahead.to_read(f + t * C, size / N);
+                    ahead.to_write(df + t * C, size / N);
+                }
+                ahead.to_write(dX + t * width, size);
+                ahead.to_read(X + next * width, size);
+                if (dh != nullptr) ahead.to_read(dh + next * C, size / N);
+                if (partial != nullptr) ahead.to_read(partial + next * width, size);
                 if (f == nullptr) {
                     group_backward(b, t, g, count, dX + t * width, ahead);
                     continue;

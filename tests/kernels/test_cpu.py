@@ -260,6 +260,30 @@ def test_gradcheck_of_the_emitted_code(name):
     torch.autograd.gradcheck(Coefficients.apply, leaves([X, *parameters]), nondet_tol=0)
 
 
+def test_gradcheck_of_a_seam():
+    options = {"variant": get_variant("mhc"), "eps": EPS}
+
+    class Seam(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            X2, h, H_pre, H_post, H_res, y, inv_r = cpu.seam(*arguments, **options)
+            ctx.save_for_backward(H_pre, X2, *arguments[4:], y, inv_r, *arguments[:4])
+            return X2, h, H_post, H_res
+
+        @staticmethod
+        def backward(ctx, *grads):
+            dX2, *others = (g.contiguous() for g in grads)
+            kept = ctx.saved_tensors
+            *mapping, dH_res, dH_post, dX, df = cpu.seam_backward(
+                *others, *kept[:7], dX2, *kept[7:], **options
+            )
+            return dH_res, dH_post, dX, df, *mapping
+
+    X, f, *parameters = inputs("mhc", 4, F64, 2, 3)
+    H = torch.randn(2, 4, 4, dtype=F64), torch.randn(2, 4, dtype=F64)
+    torch.autograd.gradcheck(Seam.apply, leaves([*H, X, f, *parameters]), nondet_tol=0)
+
+
 @pytest.mark.parametrize("iters", [1, 2, 20])
 @pytest.mark.parametrize("name", ["mhc", "deepseek_v4"])
 def test_sinkhorn_of_logits_of_any_size(name, iters):
@@ -365,6 +389,28 @@ def test_a_token_does_not_depend_on_its_neighbours():
     alone = [cpu.coefficients_pre(x, *parameters, **options) for x in X.split(1)]
     for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
         assert torch.equal(whole, torch.cat(parts))
+
+
+def test_very_many_tokens():
+    """An odd number of them; sums over tokens are no less exact for it."""
+    T = 100_003
+    X, _, *parameters = inputs("mhc", 4, F32, T, 8)
+    options = {"variant": get_variant("mhc"), "eps": EPS}
+    h, H_pre, *H, y, inv_r = cpu.coefficients_pre(X, *parameters, **options)
+    ends = [cpu.coefficients_pre(X[k], *parameters, **options)[0] for k in (slice(7), slice(-7, T))]
+    assert torch.equal(torch.cat((h[:7], h[-7:])), torch.cat(ends))
+
+    dh, *dH = (torch.randn_like(t) for t in (h, *H))
+    arguments = (dh, *dH, H_pre, X, *parameters, y, inv_r, None)
+    _, dphi, _, dbias = cpu.coefficients_pre_backward(*arguments, **options)
+    parts = zip(*(torch.chunk(t, 100) for t in (dh, *dH, H_pre, X, y, inv_r)), strict=True)
+    exact = [torch.zeros_like(t, dtype=F64) for t in (dphi, dbias)]
+    for *first, y, inv_r in parts:
+        arguments = (*first, *parameters, y, inv_r, None)
+        found = cpu.coefficients_pre_backward(*arguments, **options)
+        exact = [e + f for e, f in zip(exact, found[1::2], strict=True)]
+    for actual, expected in zip((dphi, dbias), exact, strict=True):
+        assert (actual - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize(("S", "n"), [(F32, 4), (BF16, 3)])

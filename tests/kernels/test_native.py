@@ -1,5 +1,6 @@
 """Building and caching of C++ libraries, with real compilers and killed processes."""
 
+import functools
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhc_compile.kernels import native
+from mhc_compile.kernels import cpu, eager, native, site_ops  # noqa: F401  (registers mhc::)
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 THREADS = """
@@ -90,6 +91,17 @@ def test_no_compiler_is_one_warning_and_none(fresh, monkeypatch):
         assert native.load(SOURCE) is None
         assert native.load(THREADS) is None
     assert len(warned) == 1
+
+
+def test_without_a_compiler_operators_are_pytorch(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for name in ("_site", "_chain"):
+        monkeypatch.setattr(cpu, name, functools.cache(getattr(cpu, name).__wrapped__))
+    H_pre, X = torch.randn(7, 4), torch.randn(7, 4, 13)
+    with pytest.warns(RuntimeWarning, match="no-such-compiler") as warned:
+        found = [torch.ops.mhc.pre(H_pre, X, torch.float32) for _ in range(2)]
+    assert len(warned) == 1
+    assert torch.equal(found[0], eager.pre(H_pre, X)) and torch.equal(*found)
 
 
 def test_a_failing_build_is_one_warning_and_none_and_leaves_nothing(fresh):
