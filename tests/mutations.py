@@ -237,6 +237,44 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "test_recognize.py",
+        "recognize.py",
+        (
+            "projections are joined in any order",
+            "gates.sort(key=lambda p: not _meets(p, (mapping.n, mapping.width)))",
+            "pass",
+        ),
+        (
+            "streams normalised one by one count as normalised together",
+            "if width in normalised and n * width not in normalised:",
+            "if False:",
+        ),
+        (
+            "any outer product that is added is a connection",
+            "if _shows(X, n, width) and X in around:",
+            "if _shows(X, n, width):",
+        ),
+    ),
+    *_of(
+        "test_recognize.py",
+        "mapping.py",
+        (
+            "a transposed part of b is not transposed back",
+            'write.call("transpose", bias, -1, -2) if flipped else bias',
+            "bias",
+        ),
+        (
+            "a constant in the place of α is lost",
+            'write.call("new_full", like, (), number)',
+            'write.call("new_full", like, (), 1.0)',
+        ),
+    ),
+    *_of(
+        "test_recognize.py",
+        "fuse_coefficients.py",
+        ("streams are mixed with the transpose", "if form == 1:", "if False:"),
+    ),
+    *_of(
         "test_fuse_seams.py",
         "fuse_seams.py",
         (
