@@ -25,12 +25,12 @@ constexpr int DEEP = 64;
 constexpr int dX_TOKENS = 4;
 constexpr int dX_VECTORS = REGISTERS == 32 ? 4 : 2;
 
-// Tokens whose sums of dφ are made together; those of the next are added to them. Never a function
-// of the threads.
+// Tokens whose sums of dφ are made together; those of the next are added to them. So many that X
+// stays in the cache, but enough for the time to read and write dφ. Never a function of the threads.
 static int64_t chunk_of(int64_t width) {
-    constexpr int64_t BYTES = 4 << 20;
+    constexpr int64_t BYTES = 4 << 20, FEWEST = 256, MOST = 512;
     const int64_t tokens = BYTES / (width * int64_t(sizeof(Stream))) / GROUP * GROUP;
-    return tokens < GROUP ? GROUP : smaller(tokens, 512);
+    return tokens < FEWEST ? FEWEST : smaller(tokens, MOST);
 }
 
 // Where the parts of the workspace lie.

@@ -31,7 +31,7 @@ CASES = [
     *((name, 4, F64, 7, 13) for name in (*VARIANTS, "hc_linear")),
     ("mhc", 4, F32, 7, 40),
     ("mhc", 4, F32, 1, 8),
-    ("mhc", 4, F32, 300, 264),  # several chunks of tokens, several parts of a row
+    ("mhc", 4, F32, 600, 264),  # several chunks of tokens, several parts of a row
     ("mhc", 4, BF16, 7, 13),
     ("mhc", 4, BF16, 70, 520),
     ("mhc", 3, BF16, 7, 40),
@@ -46,7 +46,7 @@ cases = pytest.mark.parametrize(("name", "n", "S", "T", "C"), CASES)
 few_cases = pytest.mark.parametrize(
     ("name", "n", "S", "T", "C"),
     [
-        ("mhc", 4, F32, 300, 264),
+        ("mhc", 4, F32, 600, 264),
         ("mhc", 4, BF16, 70, 520),
         ("mhc", 3, BF16, 40, 13),
         ("deepseek_v4", 4, F64, 7, 13),
