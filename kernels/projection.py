@@ -446,7 +446,9 @@ def store_dphi(
         column = tl.arange(0, COLS)[None, :]
         channel = block + tl.arange(0, BK)[:, None]
     for j in tl.static_range(GROUP):
-        real = (group + j < n) & (channel < C) & (column < COLUMNS)
+        real = (channel < C) & (column < COLUMNS)
+        if n % GROUP != 0:
+            real = real & (group + j < n)
         tl.store(dphi_parts + ((group + j) * C + channel) * COLUMNS + column, sums[j], real)
 
 
