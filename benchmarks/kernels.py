@@ -177,6 +177,8 @@ def document(results: dict[str, Any]) -> str:
         "that of a matmul of 1024³, both measured in the same loop. Noisy: the copy rate varied by "
         f"more than {NOISE:.0%}.",
     ]
+    if "note" in results:  # added by hand to the result file
+        lines += ["", f"Note: {results['note']}."]
     for allocator in ALLOCATORS:
         lines += ["", f"## Allocator: {allocator}", ""]
         lines += [f"| case | {' | '.join(names)} | roofline | seam roofline | copy GB/s |"]
