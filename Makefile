@@ -7,7 +7,7 @@ N      ?= 20000
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup demo test lint zoo fuzz mutants bench speed clean
+.PHONY: help setup demo test lint zoo fuzz mutants bench speed kernels-table clean
 
 help:
 	@echo "make demo      a small language model, plain and mHC side by side"
@@ -18,6 +18,7 @@ help:
 	@echo "make mutants   deliberate mistakes in the passes, each of which a test must notice"
 	@echo "make bench     time and scale of transform()"
 	@echo "make speed     one site, and whole models, against plain ones and against peers"
+	@echo "make kernels-table   registers, stack and spills of every Triton kernel, no GPU needed"
 
 setup: $(STAMP)
 
@@ -56,6 +57,9 @@ speed: $(STAMP)
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/recognize.py
+
+kernels-table: $(STAMP)
+	$(BIN)/python benchmarks/registers.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -7,6 +7,8 @@ Writes results/registers.json and docs/kernels.md.
 """
 
 import argparse
+import multiprocessing
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -28,11 +30,28 @@ PAGE = ROOT / "docs" / "kernels.md"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="compile everything again")
-    known = {} if parser.parse_args().all else written()
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    args = parser.parse_args()
     knobs.compilation.always_compile = True  # or seconds would be those of a cache
-    rows = [(case, known.get(case.key) or fresh(case)) for case in table.cases()]
-    table.write(rows)
+    cases = list(table.cases())
+    found = {} if args.all else written()
+    _work.update({(c.gpu, *c.recorded.code): c for c in cases if c.key not in found})
+    codes: dict[tuple[str, ...], Compiled] = {}
+    try:
+        with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+            codes.update(pool.imap_unordered(fresh, list(_work)))
+    finally:  # the next run goes on from here
+        rows = []
+        for case in cases:
+            one = found.get(case.key) or codes.get((case.gpu, *case.recorded.code))
+            if one is not None:
+                rows.append((case, one))
+        table.write(rows)
     PAGE.write_text(page(rows), encoding="utf-8")
+
+
+_work: dict[tuple[str, ...], Case] = {}
+"""What is to be compiled; processes inherit it, since fake tensors do not travel."""
 
 
 def written() -> dict[tuple[object, ...], Compiled]:
@@ -43,11 +62,12 @@ def written() -> dict[tuple[object, ...], Compiled]:
     return rows if version == triton.__version__ else {}
 
 
-def fresh(case: Case) -> Compiled:
+def fresh(code: tuple[str, ...]) -> tuple[tuple[str, ...], Compiled]:
+    case = _work[code]
     found = compiled(case.recorded.launch, GPUS[case.gpu])
     where = f"{case.gpu} {case.variant} n={case.n} C={case.C} {case.dtype} {case.recorded.name}"
     print(where, found.registers, *table.faults(case, found), sep=", ", flush=True)
-    return found
+    return code, found
 
 
 # --- the page ------------------------------------------------------------------------------------

@@ -184,20 +184,24 @@ def _read_nvidia(kernel: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        run = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
-        text = subprocess.run(run, check=True, capture_output=True, text=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert usage is not None
+        usage = _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        text = _output(knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
     code = [match.groups() for match in map(_INSTRUCTION.match, text.splitlines()) if match]
     names = [name.split(".") for name, _ in code]
     return {
-        "registers": int(usage[1]),
-        "stack": int(usage[2]),
+        "registers": int(found[1]),
+        "stack": int(found[2]),
         "spills": sum(name[0] in ("LDL", "STL") for name in names),
         "loads": _widths(name for name in names if name[0] in ("LDG", "LDGSTS")),
         "stores": _widths(name for name in names if name[0] == "STG"),
         "in_flight": _in_flight(code),
     }
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _widths(names: Iterable[list[str]]) -> dict[int, int]:

@@ -85,9 +85,10 @@ class Recorded:
     """A launch, and what tells it from others.
 
     Args:
-        name: of the kernel, and which of its pointers are None.
+        name: of the kernel, which of its pointers are None, and which streams have a dtype of
+            their own.
         constants: all compile-time constants and options.
-        source: hash of the kernel's source and of all it calls.
+        source: hash of the types of its arguments, its source, and that of all it calls.
         streams: whether it reads or writes streams of C channels.
     """
 
@@ -96,6 +97,11 @@ class Recorded:
     constants: str
     source: str
     streams: bool
+
+    @property
+    def code(self) -> tuple[str, str, str]:
+        """Launches in which this is equal compile to the same code."""
+        return self.name, self.constants, self.source
 
 
 def recorded(
@@ -108,36 +114,45 @@ def recorded(
             call(site)
     found: dict[Any, Recorded] = {}
     for launch in launches:
-        new = _described(launch, C)
-        found.setdefault((new.name, new.constants, new.source), new)
+        new = _described(launch, C, dtype)
+        found.setdefault(new.code, new)
     return list(found.values())
 
 
-def _described(launch: Launch, C: int) -> Recorded:
+def _described(launch: Launch, C: int, dtype: torch.dtype) -> Recorded:
     function = launch.kernel.fn
     module = function.__module__.rpartition(".")
     name = function.__name__.strip("_")
     if module[0] != "mhc_compile_generated":
         name = f"{module[2]}.{name}"
-    absent = [a for a, x in zip(launch.kernel.arg_names, launch.args, strict=False) if x is None]
-    tensors = [arg for arg in launch.args if isinstance(arg, Tensor)]
+    args = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    absent = [key for key, value in args.items() if value is None]
+    streams = {
+        key: value.dtype
+        for key, value in args.items()
+        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[-1] == C
+    }
+    other = [f"{_short(x)} {key}" for key, x in streams.items() if x != dtype]
+    name += f" without {', '.join(absent)}" if absent else ""
+    name += f" with {', '.join(other)}" if other else ""
+    constants = (f"{key}={value}" for key, value in launch.constants.items())
+    types = tuple(x.dtype if isinstance(x, Tensor) else type(x) for x in launch.args)
     return Recorded(
-        launch,
-        name + (f" without {', '.join(absent)}" if absent else ""),
-        " ".join(f"{key}={value}" for key, value in launch.constants.items()),
-        source_hash(launch.kernel),
-        any(tensor.ndim > 1 and tensor.shape[-1] == C for tensor in tensors),
+        launch, name, " ".join(constants), source_hash(launch.kernel, types), bool(streams)
     )
 
 
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @functools.cache
-def source_hash(kernel: Any) -> str:
+def source_hash(kernel: Any, types: tuple[Any, ...]) -> str:
     """Of a kernel and all that it names of this package, without comments and docstrings."""
     texts: dict[str, str] = {}
     _collect(kernel, texts)
-    return hashlib.sha256("\n".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[
-        :12
-    ]
+    text = "\n".join([*map(str, types), *(texts[name] for name in sorted(texts))])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _collect(kernel: Any, texts: dict[str, str]) -> None:

@@ -35,30 +35,25 @@ class Case:
     @property
     def key(self) -> tuple[object, ...]:
         """What a row of the table is found by; another source or other constants make another."""
-        r = self.recorded
-        return r.name, self.variant, self.n, self.C, self.dtype, self.gpu, r.constants, r.source
+        return self.variant, self.n, self.C, self.dtype, self.gpu, *self.recorded.code
 
 
 def cases() -> Iterator[Case]:
     """All kernels of `mhc` on all GPUs, and those that other variants add, on sm_90."""
-    for gpu, n, C, dtype in product(GPUS, (2, 4, 8), WIDTHS, DTYPES):
-        yield from _cases(get_variant("mhc"), n, C, dtype, gpu)
+    for gpu, n, C, dtype in product(GPUS, (4, 2, 8), WIDTHS, DTYPES):
+        yield from cases_of(get_variant("mhc"), n, C, dtype, gpu)
     for n, C, dtype in product((4, 8), WIDTHS, DTYPES):
-        known = {_code(case) for case in _cases(get_variant("mhc"), n, C, dtype, "sm_90")}
+        known = {c.recorded.code for c in cases_of(get_variant("mhc"), n, C, dtype, "sm_90")}
         for name in VARIANTS[1:]:
             if name != "mhc_lite" or n <= 4:
-                new = _cases(get_variant(name), n, C, dtype, "sm_90")
-                yield from (case for case in new if _code(case) not in known)
+                new = cases_of(get_variant(name), n, C, dtype, "sm_90")
+                yield from (case for case in new if case.recorded.code not in known)
 
 
-def _cases(variant: Variant, n: int, C: int, dtype: str, gpu: str) -> Iterator[Case]:
+def cases_of(variant: Variant, n: int, C: int, dtype: str, gpu: str) -> Iterator[Case]:
     with recorded_for(GPUS[gpu]):
         found = recorded(variant, n, C, DTYPES[dtype])
     yield from (Case(variant.name, n, C, dtype, gpu, launch) for launch in found)
-
-
-def _code(case: Case) -> tuple[str, str, str]:
-    return case.recorded.name, case.recorded.constants, case.recorded.source
 
 
 # --- what must hold ------------------------------------------------------------------------------
