@@ -8,7 +8,7 @@ and with n streams: by this library with all passes, with each pass off in turn,
 hand-written connections of transformers' DeepSeek-V4 and of lucidrains. Everything is compiled.
 
 A step is forward and backward. All contestants of a setting live in one process and take turns;
-the ratio is that of the medians. Compile time is the first step's in a process of its own, with an
+the ratio is the median of the ratios to the plain step of the same turn. Compile time is the first step's in a process of its own, with an
 empty cache, after a small model has been compiled to load the compiler. Bytes kept
 for backward are those of distinct storages that autograd saves, without parameters. Recomputation
 is off. Parameters of mappings are drawn at random (σ = 0.02 around their start), so that
@@ -101,8 +101,14 @@ def measure(setting: str, repeats: int) -> dict[str, Any]:
             rows[name] |= {"kept_MiB": _kept(module, ids) / 2**20}
             requested = _requested(compiled, SETTINGS[setting][1])
             rows[name] |= {"requested_MiB": requested and requested / 2**20}
-        for name, seconds in _in_turn(steps, repeats).items():
-            rows[name]["step_ms"] = 1e3 * statistics.median(seconds)
+        seconds = _in_turn(steps, repeats)
+    for name, times in seconds.items():
+        ratios = [a / b for a, b in zip(times, seconds[PLAIN], strict=True)]
+        rows[name] |= {
+            "step_ms": 1e3 * statistics.median(times),
+            "step_ratio": statistics.median(ratios),
+            "step_ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+        }
     return rows
 
 
@@ -187,8 +193,9 @@ def document(results: dict[str, Any]) -> str:
         "",
         "`python benchmarks/overhead.py`: 6 layers (12 sites), C 512, 1024 tokens, float32, every "
         "contestant",
-        "compiled; a step is forward and backward; medians of "
-        f"{results['repeats']} repeats in which all take turns.",
+        "compiled; a step is forward and backward; medians (and quartiles) of "
+        f"{results['repeats']} turns, the ratio",
+        "taken in each turn.",
         "Recomputation is off. Compile time is that of the first step, with empty caches. "
         "Streams: bytes of",
         "streams that the operators of a step ask for, where these are ours.",
@@ -210,7 +217,7 @@ def _row(name: str, row: dict[str, Any], plain: dict[str, Any]) -> str:
         return f"| {name} | {row['error']} | | | | | |"
     cells = [
         f"{row['step_ms']:.1f}",
-        f"{row['step_ms'] / plain['step_ms']:.2f}",
+        f"{row['step_ratio']:.2f} ({' to '.join(f'{q:.2f}' for q in row['step_ratio_quartiles'])})",
         f"{row['compile_s']:.1f}",
         f"{row['compile_s'] / plain['compile_s']:.2f}",
         f"{row['kept_MiB']:.0f}",
