@@ -2,17 +2,19 @@
 
     python benchmarks/overhead.py                   writes results/overhead.json, docs/overhead.md
     python benchmarks/overhead.py --only gpt-n4     one setting; printed and not written
+    python benchmarks/overhead.py --work FOLDER     keeps settings there: an ended run can go on
 
 The 6-layer GPT of `gpt.py` and a Hugging Face Llama of the same size, float32, 1024 tokens, plain
 and with n streams: by this library with all passes, with each pass off in turn, and by the
 hand-written connections of transformers' DeepSeek-V4 and of lucidrains. Everything is compiled.
 
 A step is forward and backward. All contestants of a setting live in one process and take turns;
-the ratio is the median of the ratios to the plain step of the same turn. Compile time is the first step's in a process of its own, with an
-empty cache, after a small model has been compiled to load the compiler. Bytes kept
-for backward are those of distinct storages that autograd saves, without parameters. Recomputation
-is off. Parameters of mappings are drawn at random (σ = 0.02 around their start), so that
-nothing is zero. Large tensors come from the heap (`MALLOC_MMAP_MAX_=0`), as in `kernels.py`.
+the ratio is the median of the ratios to the plain step of the same turn. Compile time is the first
+step's in a process of its own, with an empty cache, after a small model has been compiled to load
+the compiler. Bytes kept for backward are those of distinct storages that autograd saves, without
+parameters. Recomputation is off. Parameters of mappings are drawn at random (σ = 0.02 around their
+start), so that nothing is zero. Large tensors come from the heap (`MALLOC_MMAP_MAX_=0`), as in
+`kernels.py`. On two cores a run takes about 20 minutes, most of it for compiling the peers.
 """
 
 from __future__ import annotations
@@ -236,12 +238,8 @@ def _operator_lines(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def main(only: str, repeats: int) -> None:
-    settings = {
-        name: _run_self("--setting", name, "--repeats", str(repeats))
-        for name in SETTINGS
-        if only in name
-    }
+def main(only: str, repeats: int, work: str | None) -> None:
+    settings = {name: _setting(name, repeats, work) for name in SETTINGS if only in name}
     results = {"machine": machine(), "repeats": repeats, "settings": settings}
     print(document(results))
     if only:
@@ -251,6 +249,16 @@ def main(only: str, repeats: int) -> None:
     text = json.dumps(results, indent=2) + "\n"
     (folder / "overhead.json").write_text(text, encoding="utf-8")
     (ROOT / "docs" / "overhead.md").write_text(document(results), encoding="utf-8")
+
+
+def _setting(name: str, repeats: int, work: str | None) -> Any:
+    kept = Path(work, f"{name}.json") if work else None
+    if kept is not None and kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    rows = _run_self("--setting", name, "--repeats", str(repeats))
+    if kept is not None:
+        kept.write_text(json.dumps(rows), encoding="utf-8")
+    return rows
 
 
 def _run_self(*arguments: str) -> Any:
@@ -269,6 +277,7 @@ def _run_self(*arguments: str) -> Any:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="settings whose name contains this")
+    parser.add_argument("--work", help="a folder that exists")
     parser.add_argument("--setting", help="measure this setting in this process and print it")
     parser.add_argument("--compile", help="of that setting, compile this contestant only")
     parser.add_argument("--repeats", type=int, default=11)
@@ -278,4 +287,4 @@ if __name__ == "__main__":
     elif arguments.setting:
         print(json.dumps(measure(arguments.setting, arguments.repeats)))
     else:
-        main(arguments.only, arguments.repeats)
+        main(arguments.only, arguments.repeats, arguments.work)
