@@ -75,43 +75,56 @@ def fresh(code: tuple[str, ...]) -> tuple[tuple[str, ...], Compiled]:
 INTRODUCTION = """\
 # Kernels in machine code
 
-`make kernels-table` (`python benchmarks/registers.py`). Every Triton kernel that an operator of a
-site launches, with exactly the constants its launcher picks, compiled by Triton {version} for GPUs
-that need not be there. **This is compilation, not a measurement on a GPU**: registers, stack,
-spills, accesses and shared memory are read from the machine code (on AMD from the assembly); how
-many programs fit a multiprocessor follows from them; the share of bandwidth is an estimate.
-`tests/kernels/test_compiled.py` compiles a part of it again and fails if a kernel has a stack,
-spills, or does not move streams 16 bytes at a time, and if this page is older than the kernels.
+`make kernels-table` (`python benchmarks/registers.py`). Every Triton kernel that the operators of a
+site launch, with exactly the constants their launchers pick for C = 2560 and C = 4096, compiled by
+Triton {version} for GPUs that need not be there. **This is compilation, not a measurement on a
+GPU.** Registers, stack, spills, accesses and shared memory are read from the machine code, on AMD
+from its assembly.
 
-A cell is `registers · programs · bandwidth`:
+{summary}
 
-- **registers** of a thread, the same for C = 2560 and C = 4096 unless two numbers are given. On
-  AMD vector registers, of which there are 512.
-- **programs** that fit a multiprocessor (compute unit) at a time, by registers, warps, shared
-  memory.
-- **bandwidth**: the share of the memory bandwidth that can be used, by Little's law: bytes that
-  the programs of a multiprocessor have asked for and not waited for, against bandwidth times
-  latency ({gpus}). It says whether enough is in flight, not how fast a kernel is.
+A cell is *registers · programs · bandwidth*:
 
-Streams of every kernel are loaded and stored 16 bytes at a time, exceptions apart:
-{narrow}
+- registers of a thread, for both C. On AMD these are vector registers, of which there are 512;
+- programs that fit a multiprocessor (compute unit) at a time, by registers, warps and memory;
+- the share of the memory bandwidth that this can sustain. An estimate by Little's law: bytes that
+  the programs of a multiprocessor ask for before they wait, against bandwidth times latency. It
+  says whether enough is in flight, not how fast a kernel is. Assumed are
 
-The numbers behind this page: [registers.json](../benchmarks/results/registers.json).
+{gpus}
+
+Variants other than `mhc` are compiled for sm_90; of these the table has what differs from `mhc`.
+`tests/kernels/test_compiled.py` compiles a part again. It fails if a kernel has a stack or spills,
+if one that loads or stores streams does not move 16 bytes at a time, and if this page is older
+than the kernels. ({loading} load streams and store none.)
+All numbers: [registers.json](../benchmarks/results/registers.json).
 """
 
 
 def page(rows: Sequence[Row]) -> str:
-    gpus = ", ".join(
-        f"{name}: {gpu.product} {gpu.bandwidth / 1e12:.2f} TB/s × {gpu.latency * 1e9:.0f} ns"
+    gpus = "\n".join(
+        f"  {name}: {gpu.product}, {gpu.bandwidth / 1e12:.2f} TB/s, {gpu.latency * 1e9:.0f} ns  "
         for name, gpu in GPUS.items()
     )
-    narrow = "\n".join(f"`{name}` {reason}." for name, reason in table.NARROW.items())
-    parts = [INTRODUCTION.format(version=triton.__version__, gpus=gpus, narrow=narrow)]
+    loading = " and ".join(f"`{name}`" for name in table.WITHOUT_STREAMS)
+    introduction = INTRODUCTION.format(
+        version=triton.__version__, summary=summary(rows), gpus=gpus, loading=loading
+    )
     groups: dict[str, list[Row]] = defaultdict(list)
     for case, found in rows:
         groups[case.recorded.name.split(" ")[0]].append((case, found))
-    parts += [section(name, group) for name, group in groups.items()]
-    return "\n".join(parts)
+    return "\n".join([introduction, *(section(name, group) for name, group in groups.items())])
+
+
+def summary(rows: Sequence[Row]) -> str:
+    faulty = [row for row in rows if table.faults(*row)]
+    clean = "No kernel has a stack or spills a register" if not faulty else f"{len(faulty)} faults"
+    four = (row for row in rows if row[0].n == 4)
+    slowest = max((f.seconds, case.recorded.name, case.variant) for case, f in four)
+    return (
+        f"{len(rows)} rows. {clean}. The slowest to compile for four streams is\n`{slowest[1]}` of "
+        f"`{slowest[2]}`, {slowest[0]:.1f} s of one core."
+    )
 
 
 def section(name: str, rows: Sequence[Row]) -> str:

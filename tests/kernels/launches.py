@@ -3,12 +3,13 @@
 recorded(get_variant("mhc"), n=4, C=2560, dtype=torch.bfloat16)    -> Recorded, each once
 """
 
-import ast
 import functools
 import hashlib
 import inspect
+import io
 import textwrap
-from collections.abc import Callable
+import tokenize
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,14 +158,25 @@ def source_hash(kernel: Any, types: tuple[Any, ...]) -> str:
 
 def _collect(kernel: Any, texts: dict[str, str]) -> None:
     function = kernel.fn
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-    texts[function.__name__] = ast.unparse(tree)
-    for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - texts.keys():
+    words = list(_words(inspect.getsource(function)))
+    texts[function.__name__] = " ".join(words)
+    for name in set(words) - texts.keys():
         value = function.__globals__.get(name)
         if isinstance(value, triton.JITFunction) and "mhc_compile" in value.fn.__module__:
             _collect(value, texts)
         elif isinstance(value, triton.language.constexpr):
             texts[name] = repr(value.value)
+
+
+def _words(source: str) -> Iterator[str]:
+    """The same for every version of Python, as long as there are no f-strings."""
+    before = tokenize.NEWLINE
+    for token in tokenize.generate_tokens(io.StringIO(textwrap.dedent(source)).readline):
+        statement = before in (tokenize.NEWLINE, tokenize.INDENT)
+        if token.type in (tokenize.COMMENT, tokenize.NL):
+            continue
+        if token.type in (tokenize.INDENT, tokenize.DEDENT):
+            yield tokenize.tok_name[token.type]
+        elif not (statement and token.type == tokenize.STRING):
+            yield token.string
+        before = token.type
