@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import codegen_cpp, native
+from .dtypes import compute_dtype
 from .variants import Variant
 
 MOST_STREAMS = 16
@@ -52,7 +53,7 @@ def supports(dtype: torch.dtype, n: int, variant: Variant | None = None) -> bool
     if dtype not in codegen_cpp.STREAM_DTYPES or not 2 <= n <= MOST_STREAMS:
         return False
     return _site(n, dtype) is not None and (
-        variant is None or _chain(variant, n, _compute(dtype)) is not None
+        variant is None or _chain(variant, n, compute_dtype(dtype)) is not None
     )
 
 
@@ -270,7 +271,7 @@ class _Site:
 
     def __init__(self, X: Tensor, variant: Variant | None = None) -> None:
         self.T, self.n, self.C = X.shape
-        self.dtype, self.compute = X.dtype, _compute(X.dtype)
+        self.dtype, self.compute = X.dtype, compute_dtype(X.dtype)
         self.library = _needed(_site(self.n, X.dtype))
         if variant is not None:
             chain = _needed(_chain(variant, self.n, self.compute))
@@ -388,10 +389,6 @@ def _backward(
         *before_gradients,
     )
     return results
-
-
-def _compute(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _pointer(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -110,11 +110,6 @@ def _current(device: torch.device) -> Any:
     return torch.accelerator.device_index(device.index)
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of coefficients and sums, for streams of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as kernels read them."""
     return tuple(tensor.contiguous() for tensor in tensors)

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import blocks, compute_dtype, contiguous, launch, token_blocks
+from .dtypes import compute_dtype
+from .launch import blocks, contiguous, launch, token_blocks
 from .tiles import add_dots, combine, load_numbers, load_streams, store_sums, zeros
 
 

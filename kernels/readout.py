@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import blocks, compute_dtype, launch, token_blocks
+from .dtypes import compute_dtype
+from .launch import blocks, launch, token_blocks
 from .tiles import load_streams
 
 
