@@ -96,7 +96,7 @@ A cell is *registers · programs · bandwidth*:
 Variants other than `mhc` are compiled for sm_90; of these the table has what differs from `mhc`.
 `tests/kernels/test_compiled.py` compiles a part again. It fails if a kernel has a stack or spills,
 if one that loads or stores streams does not move 16 bytes at a time, and if this page is older
-than the kernels. ({loading} load streams and store none.)
+than the kernels. Streams are loaded and none is stored by {loading}.
 All numbers: [registers.json](../benchmarks/results/registers.json).
 """
 

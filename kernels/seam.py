@@ -184,11 +184,12 @@ def _backward(
         for i in tl.static_range(n):
             added += (add_dphi(dphi[i], streams[i], d, PRECISION),)
         dphi = added
-        weights = load_numbers(H_res + row * (n * n) + token * (n * n), live, n * n)
-        posts = load_numbers(H_post + row * n + token * n, live, n)
+        weights = H_res + row * (n * n) + token * (n * n)
         for j in tl.static_range(n):
-            mixed = combine(dX2, weights, j, n, n)
+            column = load_numbers(weights + j, live, n, n)
+            mixed = combine(dX2, column, 0, 1, n)
             tl.store(dX + rows * n + j * C + channel, mixed.to(dX.dtype.element_ty), mask)
+        posts = load_numbers(H_post + row * n + token * n, live, n)
         mixed = combine(dX2, posts, 0, 1, n)
         tl.store(df + rows + channel, mixed.to(df.dtype.element_ty), mask)
         parts = H_parts + row + token
