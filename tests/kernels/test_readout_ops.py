@@ -101,12 +101,16 @@ def test_head_is_as_exact_as_the_open_form(dtype):
         weights = open_head(*(t.float() for t in operands))[1]
         return x, weights
 
-    true = results(open_head, wide, [g.double() for g in grads])
-    for a, b, t in zip(
-        results(fused_head, operands, grads), results(plain, operands, grads), true, strict=True
-    ):
+    exact_grads = [g.double() for g in grads]
+    true = results(open_head, wide, exact_grads)
+    # Gradients of α and b are sums over tokens that cancel: their scale is that of the terms.
+    each = [*wide[:2], wide[2].expand(9, 1), wide[3].expand(9, 4)]
+    scales = [t.norm() for t in true[:4]]
+    scales += [t.abs().sum(0).norm() for t in results(open_head, each, exact_grads)[4:]]
+    ours, eager_form = (results(f, operands, grads) for f in (fused_head, plain))
+    for a, b, t, scale in zip(ours, eager_form, true, scales, strict=True):
         assert a.dtype == b.dtype
-        assert (a - t).norm() <= 2 * (b - t).norm() + 2e-5 * t.norm()
+        assert (a - t).norm() <= 2 * (b - t).norm() + 1e-6 * scale
 
 
 def operators():
