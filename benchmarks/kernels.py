@@ -59,7 +59,7 @@ in the C++ of a seam and of its backward:
 | backward, float32 | 52 % | 23 % | 19 % | 4 % |
 | backward, bfloat16 | 52 % | 26 % | 17 % | 4 % |
 
-x⃗ φ with the norm runs at three quarters of the rate of float32 arithmetic (1.15 against 0.87 ms on one
+x⃗ φ with the norm runs at three quarters of the rate of float32 arithmetic (1.15, not 0.87 ms on one
 thread) where X is at hand. The rest are waits for memory: a seam and its backward touch more than
 the L3 holds, and every line that is written is read first. Asking ahead for what comes next saves
 a quarter (backward of a seam in bfloat16: 5.7 to 4.2 ms on one thread); 2 MB pages would save
