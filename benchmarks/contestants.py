@@ -8,7 +8,7 @@ of X, f and its own parameters. f, the branch's output, is given: the branch its
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,11 @@ class Case:
     @property
     def columns(self) -> int:
         return self.n * (self.n + 2)
+
+    @property
+    def row(self) -> int:
+        """Bytes of one stream."""
+        return self.tokens * self.C * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"n = {self.n}, C = {self.C}, {str(self.dtype).removeprefix('torch.')}"
@@ -119,6 +124,17 @@ def parts(case: Case) -> dict[str, Step]:
         "seam": lambda: mhc.seam(*closed, *mapping[1:], TEXT, EPS, case.dtype),
         "seam_backward": lambda: mhc.seam_backward(o.dh, *kept, *closed, TEXT, EPS),
     }
+
+
+def products(case: Case) -> dict[str, Step]:
+    """The three products with φ alone, by PyTorch's matmul, in float32 that is there already."""
+    exact = {"dtype": torch.float32}
+    x = case.normal(case.tokens, case.n * case.C, **exact)
+    phi, dy = (
+        case.normal(x.shape[1], case.columns, **exact),
+        case.normal(case.tokens, case.columns, **exact),
+    )
+    return {"x⃗ φ": lambda: x @ phi, "dy φᵀ": lambda: dy @ phi.T, "x⃗ᵀ dy": lambda: x.T @ dy}
 
 
 def reference_eager(case: Case) -> Step:
@@ -274,6 +290,11 @@ def matmul(case: Case) -> Step:
     return lambda: a @ b
 
 
+def exact_matmul(case: Case) -> Step:
+    """The same in float32."""
+    return matmul(replace(case, dtype=torch.float32))
+
+
 OURS = {"operators": operators, "operators, seams": seams}
 PEERS = {
     "reference, eager": reference_eager,
@@ -283,4 +304,4 @@ PEERS = {
     "lucidrains mHC, eager": lucidrains_eager,
 }
 CUDA_PEERS = {"Liger": liger, "TransformerEngine": transformer_engine}
-ROOFLINE = {"copy": copy, "matmul": matmul}
+ROOFLINE = {"copy": copy, "matmul": matmul, "exact matmul": exact_matmul}
