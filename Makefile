@@ -13,7 +13,7 @@ help:
 	@echo "make demo      a small language model, plain and mHC side by side"
 	@echo "make test      lint, types, tests"
 	@echo "make lint      ruff and mypy only"
-	@echo "make zoo       every model of the zoo under backend=\"mhc\" with Inductor"
+	@echo "make zoo       every model: with every selection of passes, and under Inductor"
 	@echo "make fuzz N=…  N random residual programs (default $(N))"
 	@echo "make mutants   deliberate mistakes in the passes, each of which a test must notice"
 	@echo "make bench     time and scale of transform()"
@@ -41,6 +41,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --durations=15
 
 zoo: $(STAMP)
+	MHC_ZOO=all $(BIN)/python -m pytest -n 2 --timeout 0 tests/zoo
 	$(BIN)/python benchmarks/zoo.py
 
 fuzz: $(STAMP)

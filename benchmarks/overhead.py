@@ -106,8 +106,8 @@ def measure(setting: str, repeats: int) -> dict[str, Any]:
             steps[name] = _step(module, ids)
             steps[name]()  # from the cache that the process has left
             rows[name] |= {"kept_MiB": _kept(module, ids) / 2**20}
-            requested = _requested(compiled, SETTINGS[setting][1])
-            rows[name] |= {"requested_MiB": requested and requested / 2**20}
+            moved = _streams(compiled, SETTINGS[setting][1])
+            rows[name] |= {"streams_MiB": moved and moved / 2**20}
         seconds = _in_turn(steps, repeats)
     for name, times in seconds.items():
         ratios = [a / b for a, b in zip(times, seconds[PLAIN], strict=True)]
@@ -205,13 +205,13 @@ def _operators(name: str, module: nn.Module) -> dict[str, Any]:
     return {kind: Counter(last.get(kind, [])) for kind in ("forward", "backward")}
 
 
-def _requested(row: dict[str, Any], n: int) -> int | None:
-    """Bytes of streams that a step's operators ask for, by the table of `kernels/traffic.py`."""
+def _streams(row: dict[str, Any], n: int) -> int | None:
+    """Bytes of streams that a step's operators have to move: the floor in `kernels/traffic.py`."""
     counts = Counter(row.get("forward", {})) + Counter(row.get("backward", {}))
     if not counts or not set(counts) <= set(OPERATORS):
         return None  # the open form: Inductor decides
     shape = {"T": TOKENS, "n": n, "C": WIDTH, "dtype": torch.float32}
-    return sum(count * traffic(name, **shape).requested for name, count in counts.items())
+    return sum(count * traffic(name, **shape).floor for name, count in counts.items())
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -228,9 +228,10 @@ def document(results: dict[str, Any]) -> str:
         f"{results['repeats']} turns, the ratio",
         "taken in each turn.",
         "Recomputation is off. Compile time is that of the first step, with empty caches; of plain "
-        f"and mhc_compile the median of {COMPILATIONS} times",
-        "in turn. Streams: bytes of streams that the operators of a step ask for, where these are "
-        "ours.",
+        "and mhc_compile",
+        f"the median of {COMPILATIONS} times in turn. Streams: bytes of streams that the operators "
+        "of a step have to read and",
+        "write, each tensor once, where these are ours.",
         f"Measured on {where['processor']} ({where['instructions']}), {where['cores']} cores, "
         f"torch {where['torch']}, Python {where['python']}.",
     ]
@@ -253,7 +254,7 @@ def _row(name: str, row: dict[str, Any], plain: dict[str, Any]) -> str:
         f"{row['compile_s']:.1f}",
         f"{row['compile_s'] / plain['compile_s']:.2f}",
         f"{row['kept_MiB']:.0f}",
-        f"{row['requested_MiB']:.0f}" if row["requested_MiB"] else "",
+        f"{row['streams_MiB']:.0f}" if row["streams_MiB"] else "",
     ]
     return f"| {name} | {' | '.join(cells)} |"
 

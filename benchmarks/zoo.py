@@ -15,6 +15,7 @@ import copy
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,11 +43,13 @@ HEADER = """\
 The compiled transformed model is compared twice. At initialisation: with the plain eager one
 (outputs; gradients of all original parameters). With all mHC parameters perturbed (σ = 0.5): with
 the transformed one run eagerly (outputs; gradients of all parameters). Errors are norms of
-differences over norms, the worst of a model's outputs or gradients. The last column is the time of
-the first forward and backward, compilation included, on a machine that did other work too.
+differences over norms, the worst of a model's outputs or gradients. Seconds are those
+of the first forward and backward, compilation included, on a machine that did other work too.
+Operators are those of the compiled forward graph.
 
-| model | sites | chains | output | gradient | perturbed output | perturbed gradient | seconds |
-|---|---:|---:|---:|---:|---:|---:|---:|
+| model | sites | chains | output | gradient | perturbed output | perturbed gradient | seconds \
+| operators |
+|---|---:|---:|---:|---:|---:|---:|---:|---|
 """
 FOOTNOTE = """
 \\* Inductor's own: the plain model of {name}, compiled by Inductor and compared with its eager run,
@@ -66,6 +69,7 @@ class Row:
     perturbed_output: float
     perturbed_gradient: float
     seconds: float
+    operators: str
     plain_output: float = 0.0
     plain_gradient: float = 0.0
 
@@ -78,7 +82,7 @@ class Row:
         errors = (self.output, self.gradient, self.perturbed_output, self.perturbed_gradient)
         cells = [self.name + " \\*" * self.marked, str(self.sites), str(self.chains)]
         cells += [f"{e:.1e}" for e in errors]
-        return f"| {' | '.join(cells)} | {self.seconds:.0f} |"
+        return f"| {' | '.join(cells)} | {self.seconds:.0f} | {self.operators} |"
 
 
 def measure(entry: Model) -> Row:
@@ -97,7 +101,9 @@ def measure(entry: Model) -> Row:
     start = time.perf_counter()
     actual = checks.run(model, inputs)
     seconds = time.perf_counter() - start
-    sites = mhc_compile.graphs(model)[-1].sites
+    graph = mhc_compile.graphs(model)[-1]
+    forward = [e.operators for e in graph.history if e.graph == "forward"][-1]
+    counts = ", ".join(f"{count} {name}" for name, count in Counter(forward).items())
 
     checks.perturb(model)
     checks.perturb(eager)
@@ -106,11 +112,12 @@ def measure(entry: Model) -> Row:
     found = errors(actual, expected)
     row = Row(
         entry.name,
-        len(sites),
-        len({site.chain for site in sites}),
+        len(graph.sites),
+        len({site.chain for site in graph.sites}),
         *found,
         *errors(perturbed, reference),
         seconds,
+        counts,
     )
     if max(*found, row.perturbed_output, row.perturbed_gradient) <= TOLERANCE:
         return row
