@@ -139,7 +139,7 @@ def in_turn(folder: Path, repeats: int) -> dict[str, Any]:
     expected = step(plain)
     rows: dict[str, Any] = {}
     for name, module in modules.items():
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / name)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / _file(name))
         module.compile(backend=CONTESTANTS[name])
         rows[name] = {
             "output_error": _error([step(module)], [expected]),
@@ -220,8 +220,8 @@ def main(work: Path, repeats: int) -> None:
     rows: dict[str, Any] = {}
     os.environ["MHC_COMPILE_CACHE"] = str(work / "operators")
     for name in COMPILED:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / name)
-        rows[name] = _part(work / f"{name}.json", "--compile", name)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / _file(name))
+        rows[name] = _part(work / f"{_file(name)}.json", "--compile", name)
     steps = _part(work / "steps.json", "--steps", str(work), "--repeats", str(repeats))
     rows = {name: row | steps.get(name, {}) for name, row in rows.items()}
     results = {
@@ -234,6 +234,10 @@ def main(work: Path, repeats: int) -> None:
     text = json.dumps(results, indent=2) + "\n"
     (ROOT / "benchmarks" / "results" / "recognize.json").write_text(text, encoding="utf-8")
     (ROOT / "docs" / "recognize.md").write_text(document(results), encoding="utf-8")
+
+
+def _file(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-")  # compilers' commands do not quote paths
 
 
 def _part(file: Path, *arguments: str) -> Any:

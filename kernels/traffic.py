@@ -38,6 +38,8 @@ class Operator:
     Args:
         floor, requested: as above.
         launches: kernels that run one after the other.
+        exact: requested in float32, whatever the dtype of the streams.
+        groups: whether dh is read once more for each further group of streams, see `groups`.
         products: products x⃗ φ, or of its two gradients, of 2 · nC · columns operations a token.
         mixes: sums over streams for n streams, of 2 · n² · C operations a token.
     """
@@ -45,6 +47,8 @@ class Operator:
     floor: Streams
     requested: Streams
     launches: int
+    exact: Streams = Streams(0, 0)
+    groups: bool = False
     products: int = 0
     mixes: int = 0
 
@@ -65,10 +69,27 @@ OPERATORS = {
     "post_res_backward": Operator(Streams(3, 2), Streams(3, 2), 1, mixes=2),
     "coefficients_backward": Operator(Streams(2, 0), Streams(2, 0), 3, products=2),
     # Both with a partial gradient to add. ⟨dh, X⟩ must be complete before any of dX is.
-    "coefficients_pre_backward": Operator(Streams(3, 1), Streams(4, 2), 4, products=2),
+    "coefficients_pre_backward": Operator(Streams(3, 1), Streams(4, 2), 4, groups=True, products=2),
     "seam_backward": Operator(Streams(4, 3), Streams(5, 4), 5, products=2, mixes=2),
 }
 """In the units of the paper's Table: see `Operator`."""
+
+MOST_STREAMS = 4
+"""More do not fit the registers of one kernel: their seams are made of those of both sites."""
+
+OF_MANY_STREAMS = OPERATORS | {
+    "seam": Operator(Streams(2, 2), Streams(4, 2), 4, products=1, mixes=1),
+    "seam_backward": Operator(
+        Streams(4, 3), Streams(5, 4), 5, exact=Streams(2, 0), groups=True, products=2, mixes=2
+    ),
+}
+"""For more than `MOST_STREAMS`."""
+
+
+def groups(n: int, columns: int) -> int:
+    """Groups of streams whose dφ fits the registers of a program: those of `projection.slots`."""
+    padded = max(16, 1 << (columns - 1).bit_length())
+    return -(-n // min(n, max(1, 128 // padded)))
 
 
 @dataclass(frozen=True)
@@ -108,15 +129,22 @@ def traffic(
     Raises:
         KeyError: for an unknown operator.
     """
-    known = OPERATORS[operator]
+    known = _known(operator, n)
     wide = 8 if dtype == torch.float64 else 4
+    elements = known.requested.elements(n, C)
+    if known.groups and columns:
+        elements += (groups(n, columns) - 1) * C
     return Traffic(
         floor=T * known.floor.elements(n, C) * dtype.itemsize,
-        requested=T * known.requested.elements(n, C) * dtype.itemsize,
+        requested=T * (elements * dtype.itemsize + known.exact.elements(n, C) * wide),
         parameters=known.products * n * C * columns * wide,
         coefficients=(1 + operator.endswith("backward")) * T * (n * n + 2 * n) * wide,
         flops=2 * T * n * C * (known.products * columns + known.mixes * n),
     )
+
+
+def _known(operator: str, n: int) -> Operator:
+    return (OF_MANY_STREAMS if n > MOST_STREAMS else OPERATORS)[operator]
 
 
 @dataclass(frozen=True)
@@ -171,4 +199,4 @@ def predicted_seconds(
         (moved.requested + others) / gpu.cache_rate,
         moved.flops / gpu.matmul,
     )
-    return OPERATORS[operator].launches * gpu.launch + max(limits)
+    return _known(operator, n).launches * gpu.launch + max(limits)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mhc_compile.kernels import gpu, post_res, pre, readout, traffic
+from mhc_compile.kernels import gpu, post_res, pre, projection, readout, seam, traffic
 from mhc_compile.kernels.variants import get_variant
 
 from .counting import requested_bytes
@@ -86,18 +86,30 @@ SITE_CALLS = {
 }
 
 
+@pytest.mark.parametrize("n, C", [(4, 776), (3, 136), (8, 136)])
 @pytest.mark.parametrize("operator", SITE_CALLS)
-def test_functions_of_a_site_ask_for_what_the_table_says(interpreted, operator):
-    """In tiles as for any C from 64 on: dozens of blocks of channels, one block of tokens, partial.
+def test_functions_of_a_site_ask_for_what_the_table_says(interpreted, operator, n, C):
+    """In tiles as for any C from 64 on: several blocks of channels, one block of tokens, partial.
 
-    φ, coefficients and parts of sums are float32 and not in the table; streams are bfloat16.
+    φ, coefficients and parts of sums are float32 and not in the table; streams are bfloat16. Of
+    more than four streams the gradient of X' is float32 between two kernels of a seam.
     """
-    T, n, C = 3, 4, 776
+    T, columns = 3, n * n + 2 * n
     site = Site.random(T, n, C, torch.bfloat16)
     call = SITE_CALLS[operator](site, n)
     counted = interpreted(requested_bytes, *call, variant=get_variant("mhc"), eps=1e-6)
-    assert counted.pop(2) == traffic.traffic(operator, T=T, n=n, C=C).requested
-    assert set(counted) <= {4}
+    between = 2 * T * n * C * 4 if operator == "seam_backward" and n > traffic.MOST_STREAMS else 0
+    moved = traffic.traffic(operator, T=T, n=n, C=C, columns=columns)
+    assert counted.pop(2) == moved.requested - between
+    assert counted.pop(4) >= between and not counted
+
+
+def test_limits_are_those_of_the_kernels():
+    assert traffic.MOST_STREAMS == seam.MOST_STREAMS
+    for n in (2, 3, 4, 5, 8, 10):
+        columns = n * n + 2 * n
+        cut = projection.slots(100, n, 64, columns, torch.bfloat16)
+        assert traffic.groups(n, columns) == -(-n // cut.GROUP)
 
 
 @pytest.mark.parametrize("n, C", [(4, 2560), (8, 776), (3, 40)])

@@ -8,6 +8,7 @@ such a model has no single graph.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -769,3 +770,8 @@ ZOO: list[Model] = [
     Model("two-towers", own.TwoTowers, two_towers_inputs, 8, 2, "2 adds a layer, 2 layers a tower"),
 ]
 BY_NAME = {model.name: model for model in ZOO}
+
+
+def every(step: int) -> list[Model]:
+    """Every `step`-th model, for a test too slow for all; all of them under `make zoo`."""
+    return ZOO[:: 1 if os.environ.get("MHC_ZOO") == "all" else step]

@@ -16,7 +16,7 @@ from torch import nn
 import mhc_compile
 from mhc_compile import Reason
 from tests.zoo import checks
-from tests.zoo.models import BY_NAME, ZOO, Model
+from tests.zoo.models import BY_NAME, ZOO, Model, every
 from tests.zoo.truth import TRUTHS
 
 N = 4
@@ -78,8 +78,7 @@ def step(model: nn.Module, rate: float = 1e-2) -> None:
     torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0).step()
 
 
-# Every third: `make zoo` runs all of them in float32.
-@pytest.mark.parametrize("entry", ZOO[::3], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", every(3), ids=lambda entry: entry.name)
 def test_equals_plain_model_in_float32(entry: Model) -> None:
     plain, model = plain_and_transformed(entry, torch.float32)
     inputs = entry.example()
