@@ -27,8 +27,9 @@ from .passes.errors import (
     UnsupportedError,
 )
 from .passes.pipeline import EXAMINE
+from .passes.recognize import write_backs
 from .passes.runner import run_pipeline
-from .passes.sites import Detection, Site, stack_of
+from .passes.sites import Detection, Site, location_of, stack_of
 from .pending import is_pending, postpone, refuse_pending, withdraw
 
 __all__ = ["examine", "parameters", "revert", "transform"]
@@ -69,6 +70,7 @@ def transform(
         GraphBreakError: Dynamo splits the model between two residual adds of one stream.
         ExampleInputsError: the inputs do not fit the model.
         DoubleTransformError: the model, or a part of it, is transformed already.
+        UnsupportedError: the model has hyper-connections of its own.
 
     The model is unchanged after every error.
     """
@@ -88,6 +90,7 @@ def transform(
         return postpone(model, config)  # what was inferred does not fit
     detection = context.detection
     assert detection is not None
+    _refuse_own_connections(model, gm, detection)
     _check_unbroken(model, gm, detection, graphs, call)
     if not detection.sites or all(s.excluded for s in detection.sites):
         raise NoSitesError(_no_sites(model, detection))
@@ -177,6 +180,19 @@ def context_of(gm: fx.GraphModule, inputs: list[Any], model: nn.Module, config: 
     owners = {str(id(m)): name for name, m in model.named_modules() if m is not model}
     owners[str(id(model))] = ""
     return Context(options_of(config), trainable=frozenset(trainable), owners=owners)
+
+
+def _refuse_own_connections(model: nn.Module, gm: fx.GraphModule, detection: Detection) -> None:
+    """Streams that a model has already, whose write-backs are its only adds, get no others."""
+    adds = {add for site in detection.sites for add in site.adds}
+    for found in write_backs(gm.graph):
+        if not adds or found.node in adds:
+            raise UnsupportedError(
+                f"{type(model).__name__} has hyper-connections of its own, of {found.n} streams "
+                f"({location_of(found.node)}); transform adds none on top of them. "
+                'model.compile(backend="mhc") runs the model as it is, its connections on the '
+                "operators of this library; mhc_compile.explain(model, *inputs) lists them."
+            )
 
 
 def _check_unbroken(

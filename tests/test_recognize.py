@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
 from mhc_compile import Config, Reason, _torch
-from mhc_compile.passes.errors import NotTransformedError
+from mhc_compile.passes.errors import NotTransformedError, UnsupportedError
 from mhc_compile.swap import is_swapped
 from tests.zoo import hyper
 from tests.zoo.checks import gradient_error, output_error, run
@@ -242,6 +242,16 @@ def test_options_of_new_connections_are_refused() -> None:
     assert "UnsupportedError: PaperModel has hyper-connections of its own (2 recog" in message
     assert "for one blocks.0.mixer_hc (" in message
     assert "options['n'], options['readout'] would describe new ones. Leave them out" in message
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "hy_v4", "glm5_next", "qwen4_exp"])
+def test_transform_adds_none_to_those_of_a_model(name: str) -> None:
+    """Also where its sums look like residual adds of all streams at once."""
+    model = getattr(hyper, name)()
+    parameters = list(model.parameters())
+    with pytest.raises(UnsupportedError, match=rf"of its own, of \d+ streams \(.*{name}.py:\d+\)"):
+        mhc_compile.transform(model, example_inputs={"input_ids": hyper.tokens()})
+    assert_nothing_added(model, getattr(hyper, name)(), parameters)
 
 
 @pytest.mark.parametrize("disabled", ["recognize", "fuse_coefficients"])
