@@ -232,8 +232,8 @@ def _connections(rows: dict[str, Any]) -> str:
     )
     return (
         f"The {len(ours['recognised'])} connections cost {step_ms[0]:.0f} ms of a step and "
-        f"{compile_s[0]:.0f} s of compilation under Inductor alone,\n{step_ms[1]:.0f} ms and "
-        f"{compile_s[1]:.0f} s as operators. That is the most that there is to gain: without them "
+        f"{round(compile_s[0])} s of compilation under Inductor alone,\n{step_ms[1]:.0f} ms and "
+        f"{round(compile_s[1])} s as operators. That is the most that there is to gain: without them "
         f"the step is\n{plain['step_ms'] / rest['step_ms']:.2f} times as fast, and compiled in "
         f"{rest['compile_s'] / plain['compile_s']:.2f} of the time."
     )
