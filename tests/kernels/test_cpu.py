@@ -41,6 +41,15 @@ CASES = [
     ("mhc_lite", 3, BF16, 1, 8),
     ("kromhc", 8, F32, 7, 13),
     ("identity", 4, F32, 7, 8),
+    *((name, 4, F32, 7, 13) for name in ("hc", "kromhc")),
+    *((name, 4, BF16, 7, 13) for name in (*VARIANTS[1:], "hc_linear")),
+    *(("mhc", n, BF16, 7, 13) for n in (2, 8)),
+    *(("mhc", 16, S, 3, 13) for S in (F32, BF16)),
+    # Very wide, once with an odd width: sums of 65536 products, rows of many parts.
+    ("mhc", 4, F32, 3, 4099),
+    ("mhc", 4, F32, 1, 16384),
+    ("mhc", 4, BF16, 2, 16384),
+    ("mhc", 3, BF16, 3, 4099),
 ]
 cases = pytest.mark.parametrize(("name", "n", "S", "T", "C"), CASES)
 few_cases = pytest.mark.parametrize(
@@ -85,8 +94,11 @@ def leaves(tensors):
     return [t.detach().clone().requires_grad_() for t in tensors]
 
 
-def assert_close_to_truth(actual, eager, expected):
-    """No further from `expected` than twice what `eager` is, plus a few roundings."""
+def assert_close_to_truth(actual, eager, expected, columns=0):
+    """No further from `expected` than twice what `eager` is, plus a few roundings.
+
+    `columns` of φ are terms of dX that are added one by one: very many of them are more roundings.
+    """
     for k, (a, e, true) in enumerate(zip(actual, eager, expected, strict=True)):
         assert a.dtype == e.dtype and a.shape == e.shape and a.is_contiguous(), k
         if a.numel() == 0:
@@ -94,7 +106,7 @@ def assert_close_to_truth(actual, eager, expected):
         error, allowed = ((t.detach().double() - true.detach()).abs().max() for t in (a, e))
         # α has three numbers: there the competitor may be lucky. In float64 it is the truth itself.
         factor = 2 if a.numel() > 3 else 8
-        roundings = 32 if a.dtype == F64 else 4
+        roundings = 32 if a.dtype == F64 else max(4, columns / 32)
         floor = roundings * torch.finfo(compute(a.dtype)).eps * true.abs().max()
         assert error <= factor * allowed + floor, (k, float(error), float(allowed), float(floor))
 
@@ -163,7 +175,8 @@ def test_separate_backwards_are_close_to_truth(name, n, S, T, C):
         return reference_site(name, X, X[:, 0], phi, alpha, bias, K)[:3]
 
     actual = cpu.coefficients_backward(*dH, X, phi, alpha, bias, y, inv_r, variant=variant, eps=EPS)
-    assert_close_to_truth(actual, *both_gradients(coefficients, (X, phi, alpha, bias), dH, K))
+    expected = both_gradients(coefficients, (X, phi, alpha, bias), dH, K)
+    assert_close_to_truth(actual, *expected, columns=len(bias))
 
     def pre(H_pre, X, K):
         return (reference.pre(H_pre, X, dtype=X.dtype, compute_dtype=K),)
@@ -198,7 +211,7 @@ def test_joint_backward_is_close_to_truth(name, n, S, T, C, with_partial):
     )
     grads = [dH_post, dH_res, dh, partial]
     expected = both_gradients(joint, (X, phi, alpha, bias), grads, compute(S))
-    assert_close_to_truth(actual, *expected)
+    assert_close_to_truth(actual, *expected, columns=len(bias))
 
 
 @cases
@@ -237,7 +250,18 @@ def test_backward_of_a_seam_is_close_to_truth(name, n, S, T, C, with_partial):
     )
     arguments = (H_res, H_post, X, f, phi, alpha, bias)
     eager, expected = both_gradients(seam, arguments, grads, compute(S))
-    assert_close_to_truth(actual, *([*g[4:], *g[:4]] for g in (eager, expected)))
+    ordered = ([*g[4:], *g[:4]] for g in (eager, expected))
+    assert_close_to_truth(actual, *ordered, columns=len(bias))
+
+
+@pytest.mark.parametrize("S", [F32, BF16])
+def test_very_many_tokens_are_close_to_truth(S):
+    """All results and gradients; sums over tokens are no less exact for so many terms."""
+    case = "mhc", 4, S, 100_003, 8
+    test_forward_is_close_to_truth(*case)
+    test_separate_backwards_are_close_to_truth(*case)
+    test_joint_backward_is_close_to_truth(*case, with_partial=True)
+    test_backward_of_a_seam_is_close_to_truth(*case, with_partial=True)
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, "hc_linear"])
@@ -284,11 +308,11 @@ def test_gradcheck_of_a_seam():
     torch.autograd.gradcheck(Seam.apply, leaves([*H, X, f, *parameters]), nondet_tol=0)
 
 
-@pytest.mark.parametrize("iters", [1, 2, 20])
+@pytest.mark.parametrize(("n", "iters"), [(2, 20), (4, 1), (4, 2), (4, 20), (8, 20)])
 @pytest.mark.parametrize("name", ["mhc", "deepseek_v4"])
-def test_sinkhorn_of_logits_of_any_size(name, iters):
+def test_sinkhorn_of_logits_of_any_size(name, n, iters):
     """α = 0, so that b alone decides and no rounding stands in front of Sinkhorn."""
-    n, variant = 4, get_variant(name, sinkhorn_iters=iters)
+    variant = get_variant(name, sinkhorn_iters=iters)
     for scale in (1.0, 30.0, 1e3, 1e4):
         X, _, phi, alpha, bias = inputs(name, n, F32, 1, 8)
         alpha.zero_()
@@ -392,28 +416,16 @@ def test_a_token_does_not_depend_on_its_neighbours():
 
 
 def test_very_many_tokens():
-    """An odd number of them; sums over tokens are no less exact for it."""
+    """An odd number of them: the first and the last come out as they do alone."""
     T = 100_003
     X, _, *parameters = inputs("mhc", 4, F32, T, 8)
     options = {"variant": get_variant("mhc"), "eps": EPS}
-    h, H_pre, *H, y, inv_r = cpu.coefficients_pre(X, *parameters, **options)
+    h = cpu.coefficients_pre(X, *parameters, **options)[0]
     ends = [cpu.coefficients_pre(X[k], *parameters, **options)[0] for k in (slice(7), slice(-7, T))]
     assert torch.equal(torch.cat((h[:7], h[-7:])), torch.cat(ends))
 
-    dh, *dH = (torch.randn_like(t) for t in (h, *H))
-    arguments = (dh, *dH, H_pre, X, *parameters, y, inv_r, None)
-    _, dphi, _, dbias = cpu.coefficients_pre_backward(*arguments, **options)
-    parts = zip(*(torch.chunk(t, 100) for t in (dh, *dH, H_pre, X, y, inv_r)), strict=True)
-    exact = [torch.zeros_like(t, dtype=F64) for t in (dphi, dbias)]
-    for *first, y, inv_r in parts:
-        arguments = (*first, *parameters, y, inv_r, None)
-        found = cpu.coefficients_pre_backward(*arguments, **options)
-        exact = [e + f for e, f in zip(exact, found[1::2], strict=True)]
-    for actual, expected in zip((dphi, dbias), exact, strict=True):
-        assert (actual - expected).abs().max() < 2e-5 * expected.abs().max()
 
-
-@pytest.mark.parametrize(("S", "n"), [(F32, 4), (BF16, 3)])
+@pytest.mark.parametrize(("S", "n"), [(F32, 2), (F32, 4), (F32, 8), (BF16, 3)])
 def test_a_nan_stays_in_its_token(S, n):
     """In all but dφ, dα and db, which are sums over tokens."""
     T, bad = 37, 5
@@ -463,7 +475,9 @@ def test_no_tokens(S, n):
     assert all(t.numel() > 0 and not t.any() for t in sums)
 
 
-@pytest.mark.parametrize(("S", "n", "C"), [(F32, 4, 13), (BF16, 3, 40), (F64, 4, 8)])
+@pytest.mark.parametrize(
+    ("S", "n", "C"), [(F32, 4, 13), (BF16, 3, 40), (F64, 4, 8), (BF16, 16, 13), (F32, 4, 16384)]
+)
 def test_readout_and_expand(S, n, C):
     X, x, K = torch.randn(7, n, C).to(S), torch.randn(7, C).to(S), compute(S)
     close = {"rtol": 2 * torch.finfo(S).eps, "atol": 0}
