@@ -1,9 +1,10 @@
-"""Bytes of the operators: the table of §4 of the mathematics, and what kernels really ask for."""
+"""Bytes of the operators: the table of `traffic.py`, and what kernels really ask for."""
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from mhc_compile.kernels import gpu, post_res, pre, projection, readout, seam, traffic
+from mhc_compile.kernels import eager, gpu, post_res, pre, projection, readout, seam, traffic
 from mhc_compile.kernels.variants import get_variant
 
 from .counting import requested_bytes
@@ -86,22 +87,50 @@ SITE_CALLS = {
 }
 
 
-@pytest.mark.parametrize("n, C", [(4, 776), (3, 136), (8, 136)])
-@pytest.mark.parametrize("operator", SITE_CALLS)
-def test_functions_of_a_site_ask_for_what_the_table_says(interpreted, operator, n, C):
-    """In tiles as for any C from 64 on: several blocks of channels, one block of tokens, partial.
+def assert_as_the_table_says(counted, operator, dtype=torch.bfloat16, **shape):
+    """Bytes of streams, and those apart, exactly.
 
-    φ, coefficients and parts of sums are float32 and not in the table; streams are bfloat16. Of
-    more than four streams the gradient of X' is float32 between two kernels of a seam.
+    Of more than four streams the gradient of X' is float32 between two kernels of a seam; float32
+    streams are counted together with what is apart.
     """
-    T, columns = 3, n * n + 2 * n
-    site = Site.random(T, n, C, torch.bfloat16)
+    moved = traffic.traffic(operator, **shape, dtype=dtype)
+    apart = traffic.apart_bytes(traffic.apart(operator, **shape, dtype=dtype), dtype)
+    seam_of_many = operator == "seam_backward" and shape["n"] > traffic.MOST_STREAMS
+    between = 2 * shape["T"] * shape["n"] * shape["C"] * 4 if seam_of_many else 0
+    expected = {4: apart + between}
+    expected[dtype.itemsize] = expected.get(dtype.itemsize, 0) + moved.requested - between
+    assert counted == {size: count for size, count in expected.items() if count}
+
+
+BLOCKS = [(70, 4, 600), (70, 2, 200), (70, 3, 136), (35, 8, 136)]
+"""(T, n, C): several blocks of channels and of tokens, the last ones partial."""
+
+WIDE = ["seam", "coefficients_pre_backward", "seam_backward"]
+AS_THE_LAUNCHER_CUTS = [
+    *((*shape, operator, torch.bfloat16) for shape in BLOCKS for operator in SITE_CALLS),
+    *((5, 4, 2560, operator, torch.bfloat16) for operator in WIDE),
+    *((35, 4, 136, operator, dtype) for operator in WIDE for dtype in (torch.float16, torch.float)),
+]
+
+
+@pytest.mark.parametrize("T, n, C, operator, dtype", AS_THE_LAUNCHER_CUTS)
+def test_functions_of_a_site_ask_for_what_the_table_says(interpreted, T, n, C, operator, dtype):
+    """With the constants that the launchers pick, of the paper's variant."""
+    site = Site.random(T, n, C, dtype)
     call = SITE_CALLS[operator](site, n)
     counted = interpreted(requested_bytes, *call, variant=get_variant("mhc"), eps=1e-6)
-    between = 2 * T * n * C * 4 if operator == "seam_backward" and n > traffic.MOST_STREAMS else 0
-    moved = traffic.traffic(operator, T=T, n=n, C=C, columns=columns)
-    assert counted.pop(2) == moved.requested - between
-    assert counted.pop(4) >= between and not counted
+    shape = {"T": T, "n": n, "C": C, "columns": n * n + 2 * n}
+    assert_as_the_table_says(counted, operator, dtype, **shape)
+
+
+def test_apart_is_listed_by_kind():
+    """Parts of H_res and H_post that a seam's backward writes and reads: 1.25C of 16 bits, as
+    there are 20 numbers of 4 bytes for every 64 channels, each twice."""
+    T, n, C = 1000, 4, 2560
+    found = traffic.apart("seam_backward", T=T, n=n, C=C, columns=24)
+    assert {each.kind for each in found} == set(traffic.KINDS)
+    parts = [each for each in found if each.numbers >= T * 20 * C // 64 and each.kind == "H"]
+    assert sum(4 * each.numbers for each in parts) == pytest.approx(2 * T * 1.25 * C, rel=0.02)
 
 
 def test_limits_are_those_of_the_kernels():
@@ -112,23 +141,42 @@ def test_limits_are_those_of_the_kernels():
         assert traffic.groups(n, columns) == -(-n // cut.GROUP)
 
 
-@pytest.mark.parametrize("n, C", [(4, 2560), (8, 776), (3, 40)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("n, C", [(4, 2560), (8, 776), (2, 776), (3, 40)])
 @pytest.mark.parametrize("operator", CALLS)
-def test_kernels_ask_for_what_the_table_says(interpreted, operator, n, C):
+def test_kernels_ask_for_what_the_table_says(interpreted, operator, n, C, dtype):
     """Several blocks of channels, at 776 the last one partial; at 40 tokens share a program."""
     T = 3
-    site = Site.random(T, n, C, torch.bfloat16)
+    site = Site.random(T, n, C, dtype)
     counted = interpreted(requested_bytes, *CALLS[operator](site, n))
-    moved = traffic.traffic(operator, T=T, n=n, C=C)
-    assert counted.pop(2) == moved.requested
-    assert set(counted) <= {4}
+    assert_as_the_table_says(counted, operator, dtype, T=T, n=n, C=C)
 
 
-def test_coefficients_are_read_once_up_to_four_streams(interpreted):
-    T, n, C = 3, 4, 2560
-    site = Site.random(T, n, C, torch.bfloat16)
-    counted = interpreted(requested_bytes, *CALLS["post_res_backward"](site, n))
-    assert counted[4] == 2 * T * (n * n + n) * 4
+def test_coefficients_are_read_once_up_to_four_streams():
+    """With more, once for every block of 256 channels."""
+    shape = {"T": 1, "C": 2560, "columns": 0}
+    assert [each.times for each in traffic.apart("post_res", n=4, **shape)] == [1]
+    assert [each.times for each in traffic.apart("post_res", n=8, **shape)] == [10]
+
+
+FLOPS = {
+    "coefficients": lambda s, n: (eager.coefficients, *mapping(s, n)[:4]),
+    "post_res": lambda s, n: (eager.post_res, s.H_res, s.H_post, s.X, s.f),
+    "seam": lambda s, n: (eager.seam, s.H_res, s.H_post, s.X, s.f, *mapping(s, n)[1:4]),
+}
+
+
+@pytest.mark.parametrize("operator", FLOPS)
+def test_flops_are_those_of_the_products_in_ordinary_pytorch(operator):
+    """`H_pre X`, which PyTorch counts, is left out here: n of what makes n² + 2n columns."""
+    T, n, C = 5, 4, 64
+    function, *args = FLOPS[operator](Site.random(T, n, C, torch.float32), n)
+    settings = {} if operator == "post_res" else {"variant": get_variant("mhc"), "eps": 1e-6}
+    with FlopCounterMode(display=False) as counter:
+        function(*args, **settings)
+    of_pre = 2 * T * n * C if operator == "seam" else 0
+    moved = traffic.traffic(operator, T=T, n=n, C=C, columns=24)
+    assert counter.get_total_flops() == moved.flops + of_pre
 
 
 @pytest.mark.parametrize("name", traffic.GPUS)
