@@ -13,6 +13,11 @@ LINEAR_HC = replace(get_variant("hc"), inner="linear")
 DESCRIPTIONS = [*(get_variant(name) for name in VARIANTS), LINEAR_HC]
 
 
+def variant_of(name: str) -> Variant:
+    """The variant of a name, of which `hc_linear` is one more."""
+    return LINEAR_HC if name == "hc_linear" else get_variant(name)
+
+
 def possible(streams: list[int]) -> list[tuple[Variant, int]]:
     """Every variant with every number of streams that it can have."""
     return [

@@ -15,15 +15,9 @@ from mhc_compile.kernels import codegen_cpp, cpu, reference
 from mhc_compile.kernels.variants import VARIANTS, get_variant
 
 from . import truth
+from .operands import EPS, variant_of
 
-EPS = 1e-6
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
-
-
-def variant_of(name):
-    if name == "hc_linear":
-        return replace(get_variant("hc"), inner="linear")
-    return get_variant(name)
 
 
 # name, n, dtype of streams, T, C; every further (name, n) and (n, dtype) costs a build.

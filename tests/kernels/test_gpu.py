@@ -2,12 +2,14 @@
 
 The truth is `eager` in float64, whose values and gradients test_eager.py compares with loops over
 numbers and with gradcheck. The rule for errors: streams and their gradients are no further from
-the truth than twice what eager is with float32 coefficients. Numbers made of x⃗ φ have a relative
-error of 1e-5 at most: for streams of 16 bits φ is two bfloat16 terms.
+the truth than twice what eager is with float32 coefficients. Numbers made of x⃗ φ are allowed more:
+for streams of 16 bits, where φ is two bfloat16 terms, a relative error of 1e-5, and for streams of
+32 bits a few roundings. Only float32 numbers are given it: in 16 bits it is not to be seen.
 """
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,8 @@ from torch import Tensor
 from mhc_compile.kernels import eager, gpu
 from mhc_compile.kernels.variants import get_variant
 
-from .operands import EPS
+from . import truth
+from .operands import EPS, variant_of
 from .sites import normal
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -35,6 +38,14 @@ CASES = [
     ("kromhc", 2, F32, 7, 8),
     ("kromhc", 8, BF16, 7, 8),
     ("identity", 4, F32, 7, 8),
+    # Five, eight and three splits of channels, whose parts are added.
+    ("mhc", 4, BF16, 3, 2560),
+    ("mhc", 2, F32, 1, 16384),
+    ("mhc", 2, F16, 1, 1031),
+    ("deepseek_v4", 2, F16, 3, 13),
+    ("hc", 3, BF16, 3, 13),
+    ("hc_linear", 4, BF16, 7, 8),
+    ("kromhc", 4, F16, 3, 8),
 ]
 cases = pytest.mark.parametrize(("name", "n", "dtype", "T", "C"), CASES)
 
@@ -57,7 +68,7 @@ class Operands(NamedTuple):
 
     @classmethod
     def random(cls, name, n, dtype, T, C):
-        columns = sum(get_variant(name).columns(n))
+        columns = sum(variant_of(name).columns(n))
         shapes = ((T, n, n), (T, n))
         return cls(
             *(normal(*shape, dtype=F32) for shape in shapes),
@@ -83,7 +94,7 @@ class Operands(NamedTuple):
 def forward(o, name):
     """Every function of forward, X' as the seam made it."""
     parameters = o.phi, o.alpha, o.bias
-    options = {"variant": get_variant(name), "eps": EPS}
+    options = {"variant": variant_of(name), "eps": EPS}
     X2 = gpu.post_res(o.H_res, o.H_post, o.X, o.f)
     found = gpu.coefficients(X2, *parameters, **options)
     return {
@@ -96,7 +107,7 @@ def backward(kernels, o, partial, X2, H_pre, y, inv_r, name):
     """Every function of backward that reads φ, from the given results of forward."""
     mapping = X2, o.phi, o.alpha, o.bias, y, inv_r
     opened = o.dh, o.dH_post, o.dH_res, H_pre, *mapping, partial
-    options = {"variant": get_variant(name), "eps": EPS}
+    options = {"variant": variant_of(name), "eps": EPS}
     return {
         "coefficients": kernels.coefficients_backward(
             o.dH_pre, o.dH_post, o.dH_res, *mapping, **options
@@ -112,15 +123,20 @@ def everything(o, partial, name):
     return results, backward(gpu, o, partial, X2, H_pre, y, inv_r, name)
 
 
-def assert_close(actual, plain, expected, what):
+def floor_for(streams):
+    """The relative error of numbers made of x⃗ φ; `streams` is the dtype of x⃗."""
+    return 4 * torch.finfo(F32).eps if streams == F32 else 1e-5
+
+
+def assert_close(actual, plain, expected, what, floor=0.0):
     """The rule above; `expected` is float64, `plain` is eager's in the dtypes of `actual`."""
     for k, (a, e, true) in enumerate(zip(actual, plain, expected, strict=True)):
         assert a.dtype == e.dtype and a.shape == e.shape and a.is_contiguous(), (what, k)
         if a.numel() == 0:
             continue
         error, allowed = ((t.double() - true).abs().max() for t in (a, e))
-        floor = 1e-5 if a.dtype == F32 else 0.0
-        assert error <= 2 * allowed + floor * true.abs().max(), (what, k, error, allowed)
+        more = floor * true.abs().max() if a.dtype == F32 else 0.0
+        assert error <= 2 * allowed + more, (what, k, error, allowed)
 
 
 @cases
@@ -139,7 +155,7 @@ def assert_truth(o, partial, name, results, gradients):
     X2, *opened = results["seam"]
     for a, b in zip(results["seam"], results["separate"], strict=True):
         assert torch.equal(a, b)
-    H_pre, *_, y, inv_r = opened[1:]
+    h, H_pre, *_, y, inv_r = opened
     exact = o.double()
     assert_close(
         (X2,),
@@ -147,19 +163,22 @@ def assert_truth(o, partial, name, results, gradients):
         (eager.post_res(exact.H_res, exact.H_post, exact.X, exact.f),),
         "post_res",
     )
-    options = {"variant": get_variant(name), "eps": EPS}
+    # As h below, but from the same H_pre: without what that is allowed.
+    assert_close((h,), (eager.pre(H_pre, X2),), (eager.pre(H_pre.double(), X2.double()),), "pre")
+    options = {"variant": variant_of(name), "eps": EPS}
     assert_close(
         opened,
         eager.coefficients_pre(X2, o.phi, o.alpha, o.bias, **options),
         eager.coefficients_pre(X2.double(), exact.phi, exact.alpha, exact.bias, **options),
         "coefficients_pre",
+        floor_for(X2.dtype),
     )
     kept = X2, H_pre, y, inv_r
     plain = backward(eager, o, partial, *kept, name)
     partial = None if partial is None else partial.double()
     true = backward(eager, exact, partial, *(t.double() for t in kept), name)
     for what, actual in gradients.items():
-        assert_close(actual, plain[what], true[what], what)
+        assert_close(actual, plain[what], true[what], what, floor_for(X2.dtype))
 
 
 def test_coefficients_pre_is_its_parts_bit_by_bit(interpreted):
@@ -199,7 +218,7 @@ def test_a_token_does_not_depend_on_its_neighbours(interpreted):
                     assert torch.equal(t[last], alone[what][k]), (what, k)
 
 
-@pytest.mark.parametrize(("n", "dtype"), [(4, BF16), (8, F32)])
+@pytest.mark.parametrize(("n", "dtype"), [(2, F16), (4, BF16), (8, F32)])
 def test_a_nan_stays_in_its_token(interpreted, n, dtype):
     T, bad = 9, 4
     o = Operands.random("mhc", n, dtype, T, 8)
@@ -220,6 +239,30 @@ def test_infinite_coefficients_give_the_same_bits_in_a_seam(interpreted, value):
     o.H_post[1, 2] = value
     results = interpreted(forward, o, "mhc")
     torch.testing.assert_close(results["seam"], results["separate"], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("name", ["mhc", "deepseek_v4"])
+def test_sinkhorn_of_logits_of_any_size(interpreted, name, n):
+    """α = 0, so that b alone decides and no rounding stands in front of Sinkhorn."""
+    options = {"variant": get_variant(name), "eps": EPS}
+    for scale in (1.0, 30.0, 1e3, 1e4):
+        o = Operands.random(name, n, BF16, 1, 8)
+        o.alpha.zero_()
+        o.bias[2 * n :] *= scale
+        *H, y, inv_r = interpreted(gpu.coefficients, o.X, o.phi, o.alpha, o.bias, **options)
+        logits = o.bias[2 * n :].reshape(n, n).double().numpy()
+        iterations = options["variant"].iterations
+        if name == "mhc":
+            expected = truth.sinkhorn(logits, iterations)
+        else:
+            expected = truth.sinkhorn_v4(logits, iterations).T
+        assert np.abs(H[2][0].double().numpy() - expected).max() < 2e-6
+
+        given = o.dH_pre, o.dH_post, o.dH_res, o.X, o.phi, o.alpha, o.bias, y, inv_r
+        dbias = interpreted(gpu.coefficients_backward, *given, **options)[3]
+        exact = eager.coefficients_backward(*(t.double() for t in given), **options)[3]
+        assert (dbias - exact).abs().max() < 1e-5
 
 
 def test_supported_streams():
