@@ -93,7 +93,7 @@ def transform(
     _refuse_own_connections(model, gm, detection)
     _check_unbroken(model, gm, detection, graphs, call)
     if not detection.sites or all(s.excluded for s in detection.sites):
-        raise NoSitesError(_no_sites(model, detection))
+        raise NoSitesError(_no_sites(model, gm, detection))
     attach(model, gm, detection, config)
     return model
 
@@ -183,16 +183,20 @@ def context_of(gm: fx.GraphModule, inputs: list[Any], model: nn.Module, config: 
 
 
 def _refuse_own_connections(model: nn.Module, gm: fx.GraphModule, detection: Detection) -> None:
-    """Streams that a model has already, whose write-backs are its only adds, get no others."""
+    """Streams that a model has already get no others, though their sums look like residual adds."""
     adds = {add for site in detection.sites for add in site.adds}
-    for found in write_backs(gm.graph):
-        if not adds or found.node in adds:
-            raise UnsupportedError(
-                f"{type(model).__name__} has hyper-connections of its own, of {found.n} streams "
-                f"({location_of(found.node)}); transform adds none on top of them. "
-                'model.compile(backend="mhc") runs the model as it is, its connections on the '
-                "operators of this library; mhc_compile.explain(model, *inputs) lists them."
-            )
+    found = next((w for w in write_backs(gm.graph) if w.node in adds), None)
+    if found is not None:
+        raise UnsupportedError(
+            f"{type(model).__name__} has hyper-connections of its own, of {found.n} streams "
+            f"({location_of(found.node)}); transform adds none on top of them. {_OWN_WAY}"
+        )
+
+
+_OWN_WAY = (
+    'model.compile(backend="mhc") runs a model as it is, its connections on the operators of this '
+    "library; mhc_compile.explain(model, *inputs) lists them."
+)
 
 
 def _check_unbroken(
@@ -255,16 +259,19 @@ def _check_model(model: object) -> None:
             )
 
 
-def _no_sites(model: nn.Module, detection: Detection) -> str:
+def _no_sites(model: nn.Module, gm: fx.GraphModule, detection: Detection) -> str:
     reasons: dict[str, int] = {}
     for rejected in detection.rejected:
         reasons[rejected.reason] = reasons.get(rejected.reason, 0) + 1
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
     excluded = " Config.include and Config.exclude leave none." if detection.sites else ""
+    own = next(iter(write_backs(gm.graph)), None) if not detection.sites else None
+    way = "mhc_compile.explain(model, *inputs) lists each with its place."
+    if own is not None:
+        way = f"It seems to have hyper-connections of its own ({location_of(own.node)}). {_OWN_WAY}"
     return (
         f"{type(model).__name__} has no chain of at least two residual adds x + F(x).{excluded} "
-        f"Adds of two tensors that were looked at: {listed or 'none'}. "
-        "mhc_compile.explain(model, *inputs) lists each with its place."
+        f"Adds of two tensors that were looked at: {listed or 'none'}. {way}"
     )
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
 from mhc_compile import Config, Reason, _torch
-from mhc_compile.passes.errors import NotTransformedError, UnsupportedError
+from mhc_compile.passes.errors import NoSitesError, NotTransformedError, UnsupportedError
 from mhc_compile.swap import is_swapped
 from tests.zoo import hyper
 from tests.zoo.checks import gradient_error, output_error, run
@@ -112,9 +112,12 @@ def test_hy_v4() -> None:
 
 
 def test_glm5_next() -> None:
+    names = ["layers.0.attn_hc", "layers.0.ffn_hc"]
     explained = mhc_compile.explain(hyper.glm5_next(), hyper.tokens())
-    assert [site.name for site in explained.sites] == ["layers.0.attn_hc", "layers.0.ffn_hc"]
-    assert {site.reason for site in explained.sites} == {"recognised: deepseek_v4(iterations=20)"}
+    assert [site.name for site in explained.sites] == names
+    graph = assert_one_chain(hyper.glm5_next(), {"input_ids": hyper.tokens()}, names)
+    for found in (explained, graph):
+        assert {site.reason for site in found.sites} == {"recognised: deepseek_v4(iterations=20)"}
 
 
 def test_qwen4_exp() -> None:
@@ -244,13 +247,24 @@ def test_options_of_new_connections_are_refused() -> None:
     assert "options['n'], options['readout'] would describe new ones. Leave them out" in message
 
 
-@pytest.mark.parametrize("name", ["deepseek_v4", "hy_v4", "glm5_next", "qwen4_exp"])
-def test_transform_adds_none_to_those_of_a_model(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("deepseek_v4", NoSitesError, r"seems to have hyper-connections of its own \(.*py:\d+\)"),
+        ("glm5_next", NoSitesError, r"seems to have hyper-connections of its own \(.*py:\d+\)"),
+        ("hy_v4", UnsupportedError, r"of its own, of \d+ streams \(.*modeling_hy_v4.py:\d+\)"),
+        ("qwen4_exp", UnsupportedError, r"of its own, of \d+ streams \(.*qwen4_exp.py:\d+\)"),
+    ],
+)
+def test_transform_adds_none_to_those_of_a_model(
+    name: str, error: type[Exception], message: str
+) -> None:
     """Also where its sums look like residual adds of all streams at once."""
     model = getattr(hyper, name)()
     parameters = list(model.parameters())
-    with pytest.raises(UnsupportedError, match=rf"of its own, of \d+ streams \(.*{name}.py:\d+\)"):
+    with pytest.raises(error, match=message) as caught:
         mhc_compile.transform(model, example_inputs={"input_ids": hyper.tokens()})
+    assert 'model.compile(backend="mhc") runs' in str(caught.value)
     assert_nothing_added(model, getattr(hyper, name)(), parameters)
 
 

@@ -39,6 +39,7 @@ OPEN = ("recognize", "defer_norm", "fuse_coefficients")
 """Without these a graph has the open form that `widen` writes: the meaning of the rest."""
 SELECTIONS: list[dict[str, Any]] = [
     *({"disabled": (name,)} for name in OPEN),
+    *({"disabled": OPEN[count:]} for count in (1, 2)),
     {"defer_norms": True},
 ]
 
@@ -151,10 +152,14 @@ def check_program(program: Program) -> None:
 
 
 def check_passes(calls: Captured, number: int, tolerance: float) -> None:
-    """All passes, and one of the other selections, compute what the open form computes."""
+    """All passes, and one of the other selections, compute what the open form computes.
+
+    Partitioned, a program goes through `fuse_seams` as well.
+    """
     truth = calls.run(calls.eagerly(disabled=OPEN))
-    for changes in ({}, SELECTIONS[number % len(SELECTIONS)]):
-        assert_equal(calls.run(calls.eagerly(**changes)), truth, tolerance)
+    other = SELECTIONS[number % len(SELECTIONS)]
+    for rewritten in (calls.eagerly(), calls.eagerly(**other), calls.partitioned()):
+        assert_equal(calls.run(rewritten), truth, tolerance)
 
 
 def assert_equal(actual: checks.Run, expected: checks.Run, tolerance: float) -> None:

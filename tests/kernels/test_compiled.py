@@ -1,12 +1,14 @@
 """Kernels in machine code: a part of the table compiled again, and the committed table."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+from benchmarks import registers
 from mhc_compile.kernels.launch import Launch
 from mhc_compile.kernels.variants import get_variant
 
@@ -70,6 +72,33 @@ def test_table_is_of_the_present_kernels(rows, cases):
 def test_table_has_no_faults(rows, cases):
     wrong = {case.key: table.faults(case, rows[case.key]) for case in cases if case.key in rows}
     assert {key: found for key, found in wrong.items() if found} == {}
+
+
+def test_page_is_of_the_table(cases):
+    """Otherwise: make kernels-table, which compiles only what is missing."""
+    version, rows = table.read()
+    written = registers.PAGE.read_text(encoding="utf-8")
+    assert written == registers.page([(case, rows[case.key]) for case in cases], version)
+
+
+@pytest.mark.parametrize("width", [4, 8])
+@pytest.mark.parametrize("kind", ["loads", "stores"])
+def test_a_single_narrow_stream_is_a_fault(rows, cases, kind, width):
+    """However often the loop is there in which it is: as if one of its accesses were cut up.
+
+    Where dφ is scattered, only if the loop is there once.
+    """
+    seen = 0
+    for case in cases:
+        found, expected = rows[case.key], table.accesses(case, kind[:-1])
+        widths = getattr(found, kind)
+        copies = widths.get(16, 0) // expected[16] if expected[16] else 0
+        if not case.recorded.streams or not copies or (table.scattered(case) and copies > 1):
+            continue
+        moved = {16: widths[16] - copies, width: widths.get(width, 0) + copies * 16 // width}
+        assert table.faults(case, replace(found, **{kind: widths | moved})), case.key
+        seen += 1
+    assert seen > 500
 
 
 # --- what is read from machine code --------------------------------------------------------------
