@@ -78,8 +78,8 @@ def faults(case: Case, found: Compiled) -> list[str]:
         said.append("does not fit a multiprocessor")
     if case.recorded.streams:
         stores = {16: found.stores.get(16, 0)} if scattered(case) else found.stores
-        said += narrow(accesses(case, "load"), found.loads, "loads")
-        said += narrow(accesses(case, "store"), stores, "stores")
+        said += narrow(accesses(case, "loads"), found.loads, "loads")
+        said += narrow(accesses(case, "stores"), stores, "stores")
     return said
 
 
@@ -87,8 +87,8 @@ def narrow(expected: Counter[int], found: dict[int, int], kind: str) -> list[str
     """What says that streams are not moved by 16 bytes at a time.
 
     There must be as many such accesses as expected. A loop may be there several times, unrolled or
-    run ahead; then one narrow stream is hidden by the copies of the others, but never in the share
-    of bytes that wide accesses move, which copies of a loop do not change.
+    run ahead; then the copies of other streams hide a narrow one, but it shows in the share of
+    bytes that wide accesses move.
     """
     said = []
     if found.get(16, 0) < expected[16]:
@@ -118,8 +118,12 @@ _STORED = {
     "H_parts": lambda n, c: n * n + n,
     "square_parts": lambda n, c: 1,
 }
-_TILES = {"phi": ("load", "BK"), "dy": ("load", "BT"), "y_parts": ("store", "BT")}
-_TILES |= {"dphi_parts": ("store", "BK")}
+_TILES = {
+    "phi": ("loads", "BK"),
+    "dy": ("loads", "BT"),
+    "y_parts": ("stores", "BT"),
+    "dphi_parts": ("stores", "BK"),
+}
 
 
 def accesses(case: Case, kind: str) -> Counter[int]:
@@ -128,20 +132,18 @@ def accesses(case: Case, kind: str) -> Counter[int]:
     """
     launch = case.recorded.launch
     c, threads = launch.constants, launch.constants["num_warps"] * GPUS[case.gpu].target.warp_size
-    numbers = _LOADED if kind == "load" else _STORED
+    numbers, rows = (_LOADED, _rows(case, threads)) if kind == "loads" else (_STORED, 1)
     source = inspect.getsource(launch.kernel.fn)
     expected: Counter[int] = Counter()
     for name, x in zip(launch.kernel.arg_names, launch.args, strict=False):
         if not isinstance(x, torch.Tensor):
             continue
         if x.ndim > 1 and x.shape[-1] == case.C:
-            if (f"tl.store({name} +" in source) == (kind == "store"):
+            if (f"tl.store({name} +" in source) == (kind == "stores"):
                 size = c["BT"] * c.get("BC", c.get("BK")) * x.element_size()
                 _add_tiles(expected, _streams_at_once(case, x), size // threads, 16)
         elif name in numbers:
-            expected[4] += numbers[name](case.n, c) * (
-                _rows(case, threads) if kind == "load" else 1
-            )
+            expected[4] += rows * numbers[name](case.n, c)
         elif name in _TILES and _TILES[name][0] == kind:
             if name == "dphi_parts" and scattered(case):
                 continue
