@@ -18,7 +18,7 @@ help:
 	@echo "make mutants   deliberate mistakes in the passes, each of which a test must notice"
 	@echo "make bench     time and scale of transform()"
 	@echo "make speed     one site, and whole models, against plain ones and against peers"
-	@echo "make kernels-table   registers, stack and spills of every Triton kernel, no GPU needed"
+	@echo "make kernels-table   registers, stack, spills and bytes of every Triton kernel, no GPU needed"
 
 setup: $(STAMP)
 
@@ -61,6 +61,7 @@ speed: $(STAMP)
 
 kernels-table: $(STAMP)
 	$(BIN)/python benchmarks/registers.py
+	$(BIN)/python benchmarks/traffic.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import traffic as pages
 from mhc_compile.kernels import eager, gpu, post_res, pre, projection, readout, seam, traffic
 from mhc_compile.kernels.variants import get_variant
 
@@ -199,6 +200,11 @@ def test_seam_is_predicted_faster_than_its_parts():
     assert seconds("seam") < seconds("post_res") + seconds("coefficients_pre")
     parts = seconds("post_res_backward") + seconds("coefficients_pre_backward")
     assert seconds("seam_backward") < parts
+
+
+def test_page_is_what_the_script_writes_now():
+    """Otherwise: python benchmarks/traffic.py."""
+    assert pages.PAGE.read_text(encoding="utf-8") == pages.page()
 
 
 def test_unknown_operator_raises():
