@@ -103,8 +103,9 @@ def assert_as_the_table_says(counted, operator, dtype=torch.bfloat16, **shape):
     assert counted == {size: count for size, count in expected.items() if count}
 
 
-BLOCKS = [(70, 4, 600), (70, 2, 200), (70, 3, 136), (35, 8, 136)]
-"""(T, n, C): several blocks of channels and of tokens, the last ones partial."""
+BLOCKS = [(70, 4, 520), (70, 2, 200), (5, 3, 136), (9, 8, 136)]
+"""(T, n, C): at least three blocks of channels, and several of tokens for some kernels; the last ones
+are partial."""
 
 WIDE = ["seam", "coefficients_pre_backward", "seam_backward"]
 AS_THE_LAUNCHER_CUTS = [
@@ -142,8 +143,13 @@ def test_limits_are_those_of_the_kernels():
         assert traffic.groups(n, columns) == -(-n // cut.GROUP)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("n, C", [(4, 2560), (8, 776), (2, 776), (3, 40)])
+@pytest.mark.parametrize(
+    "n, C, dtype",
+    [
+        *((n, C, torch.bfloat16) for n, C in [(4, 2560), (8, 776), (2, 776), (3, 40)]),
+        *((4, 776, dtype) for dtype in (torch.float16, torch.float32)),
+    ],
+)
 @pytest.mark.parametrize("operator", CALLS)
 def test_kernels_ask_for_what_the_table_says(interpreted, operator, n, C, dtype):
     """Several blocks of channels, at 776 the last one partial; at 40 tokens share a program."""
