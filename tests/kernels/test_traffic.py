@@ -104,8 +104,8 @@ def assert_as_the_table_says(counted, operator, dtype=torch.bfloat16, **shape):
 
 
 BLOCKS = [(70, 4, 520), (70, 2, 200), (5, 3, 136), (9, 8, 136)]
-"""(T, n, C): at least three blocks of channels, for some kernels several of tokens; the last ones are
-partial."""
+"""(T, n, C): at least three blocks of channels, for some kernels several of tokens; the last ones
+are partial."""
 
 WIDE = ["seam", "coefficients_pre_backward", "seam_backward"]
 AS_THE_LAUNCHER_CUTS = [
