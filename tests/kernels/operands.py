@@ -1,16 +1,24 @@
 """Random sites for the tests of the operators: large, irregular coefficients, perturbed streams."""
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mhc_compile.kernels.variants import VARIANTS, Variant, get_variant
 
+from .sites import strided
+
 EPS = 1e-6
 LINEAR_HC = replace(get_variant("hc"), inner="linear")
 DESCRIPTIONS = [*(get_variant(name) for name in VARIANTS), LINEAR_HC]
+
+
+# Of streams on a CPU: float16 is left to eager, which autocast could reach into.
+IN_CPP_AND_EAGER = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def variant_of(name: str) -> Variant:
@@ -67,3 +75,29 @@ def random_site(variant: Variant, n: int, C: int, leading: tuple[int, ...], seed
 
     phi = normal(n * C, columns) / (n * C) ** 0.5
     return Site(normal(*leading, n, C), normal(*leading, C), phi, normal(3), normal(columns))
+
+
+def assert_strides_do_not_matter(operator: Callable[..., Any], operands: Sequence[Any]) -> None:
+    """With gaps in memory and another order of dimensions: the same bits, and contiguous."""
+    others = [strided(t) if isinstance(t, Tensor) else t for t in operands]
+    found = operator(*others)
+    assert all(t.is_contiguous() for t in _tensors(found))
+    assert_same(found, operator(*operands))
+
+
+def assert_not_autocast(operator: Callable[..., Any], operands: Sequence[Any]) -> None:
+    """The same bits in the same dtypes, whatever autocast does outside."""
+    plain = operator(*operands)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = operator(*operands)
+    assert_same(inside, plain)
+
+
+def assert_same(found: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> None:
+    for a, b in zip(_tensors(found), _tensors(expected), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def _tensors(results: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return (results,) if isinstance(results, Tensor) else results

@@ -7,6 +7,13 @@ from torch.library import opcheck
 from mhc_compile.kernels import eager, readout_ops, reference
 from mhc_compile.kernels.choice import implementation
 
+from .operands import (
+    IN_CPP_AND_EAGER,
+    assert_not_autocast,
+    assert_same,
+    assert_strides_do_not_matter,
+)
+
 mhc = torch.ops.mhc
 EPS = 1e-6
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -113,19 +120,18 @@ def test_head_is_as_exact_as_the_open_form(dtype):
         assert (a - t).norm() <= 2 * (b - t).norm() + 1e-6 * scale
 
 
-def operators():
-    head = head_operands(dtype=torch.float32)
-    found = mhc.head(*head, EPS, 1e-6, torch.float32)
-    X, x = torch.randn(2, 4, 8, requires_grad=True), torch.randn(2, 8, requires_grad=True)
+def operators(dtype=torch.float32):
+    head = head_operands(dtype=dtype)
+    found = mhc.head(*head, EPS, 1e-6, dtype)
+    X, x = (torch.randn(2, *shape).to(dtype).requires_grad_() for shape in ((4, 8), (8,)))
+    grads = [torch.randn_like(t) for t in found[:2]]
     return {
         "expand": (x, 4),
-        "readout": (X, "mean", torch.float32),
-        "readout_backward": (x, 4, "mean", torch.float32),
-        "head": (*(t.requires_grad_() for t in head), EPS, 1e-6, torch.float32),
-        "head_backward": (
-            torch.randn(2, 3, 6), torch.randn(2, 3, 4), *(t.detach() for t in (*head, *found[1:]))
-        ),
-    }  # fmt: skip
+        "readout": (X, "mean", dtype),
+        "readout_backward": (x, 4, "mean", dtype),
+        "head": (*(t.requires_grad_() for t in head), EPS, 1e-6, dtype),
+        "head_backward": (*grads, *(t.detach() for t in (*head, *found[1:]))),
+    }
 
 
 @pytest.mark.parametrize("name", list(operators()))
@@ -145,12 +151,32 @@ def test_double_backward_of_the_head_raises():
         dX.sum().backward()
 
 
-def test_autocast_does_not_reach_into_the_head():
-    operands = head_operands(dtype=torch.float32)
-    plain = fused_head(*operands)
+@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
+@pytest.mark.parametrize("name", list(operators()))
+def test_strides_do_not_matter(name, dtype):
+    assert_strides_do_not_matter(getattr(mhc, name), operators(dtype)[name])
+
+
+@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
+@pytest.mark.parametrize("name", list(operators()))
+def test_autocast_does_not_reach_into_operators(name, dtype):
+    assert_not_autocast(getattr(mhc, name), operators(dtype)[name])
+
+
+@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
+def test_gradients_under_autocast_are_those_without(dtype):
+    """Of a chain from one stream to n and back, by the head and by the mean."""
+    operands = [torch.randn(3, 6).to(dtype), *head_operands(dtype=dtype)[1:]]
+    grads = torch.randn(3, 6).to(dtype), torch.randn(3, 4), torch.randn(3, 6).to(dtype)
+
+    def chain(x, *parameters):
+        X = mhc.expand(x, 4)
+        return *fused_head(X, *parameters), mhc.readout(X, "mean", dtype)
+
+    plain = results(chain, operands, grads)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = fused_head(*operands)
-    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+        inside = results(chain, operands, grads)
+    assert_same(inside, plain)
 
 
 def test_implementations_agree_on_copies_and_sums():

@@ -7,7 +7,16 @@ from torch.library import opcheck
 from mhc_compile.kernels import seam_ops
 from mhc_compile.kernels.variants import get_variant
 
-from .operands import EPS, label, possible, random_site
+from .operands import (
+    EPS,
+    IN_CPP_AND_EAGER,
+    assert_not_autocast,
+    assert_same,
+    assert_strides_do_not_matter,
+    label,
+    possible,
+    random_site,
+)
 
 mhc = torch.ops.mhc
 PAPER = get_variant("mhc")
@@ -91,11 +100,11 @@ def test_backwards_equal_their_parts(variant, n, has_partial):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-def operators():
+def operators(dtype=torch.float32):
     """Every operator with operands; backwards with such as need no gradient."""
-    operands = closed_and_opened(PAPER, 4, 8, (2, 3), torch.float32)
+    operands = closed_and_opened(PAPER, 4, 8, (2, 3), dtype)
     H_res, H_post, X, f, *mapping = operands
-    X2, h, H_pre, *H, y, inv_r = separately(*operands, PAPER, torch.float32)
+    X2, h, H_pre, *H, y, inv_r = separately(*operands, PAPER, dtype)
     grads = (torch.randn_like(h), *(torch.randn_like(t) for t in H))
     back = (*grads, H_pre, X2, *mapping, y, inv_r, torch.randn_like(X2))
     needs = [t.clone().requires_grad_() for t in operands]
@@ -110,6 +119,36 @@ def operators():
 @pytest.mark.parametrize("name", list(operators()))
 def test_opcheck(name):
     opcheck(getattr(mhc, name).default, operators()[name])
+
+
+@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
+@pytest.mark.parametrize("name", list(operators()))
+def test_strides_do_not_matter(name, dtype):
+    assert_strides_do_not_matter(getattr(mhc, name), operators(dtype)[name])
+
+
+@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
+@pytest.mark.parametrize("name", list(operators()))
+def test_autocast_does_not_reach_into_operators(name, dtype):
+    assert_not_autocast(getattr(mhc, name), operators(dtype)[name])
+
+
+@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
+def test_gradients_under_autocast_are_those_without(dtype):
+    operands = closed_and_opened(PAPER, 4, 8, (3,), dtype)
+    grads = [torch.randn_like(t) for t in mhc.seam(*operands, PAPER.text, EPS, dtype)[:5]]
+
+    def results():
+        leaves = [t.detach().clone().requires_grad_() for t in operands]
+        opened = mhc.coefficients_pre(leaves[2], *leaves[4:], PAPER.text, EPS, dtype)[:4]
+        closed = mhc.seam(*leaves, PAPER.text, EPS, dtype)[:5]
+        outputs = (*opened, *closed)
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [*grads[1:], *grads])]
+
+    plain = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = results()
+    assert_same(inside, plain)
 
 
 @pytest.mark.parametrize("name", ["coefficients_pre_backward", "seam_backward"])

@@ -7,7 +7,16 @@ from torch.library import opcheck
 from mhc_compile.kernels import reference, site_ops
 from mhc_compile.kernels.variants import get_variant
 
-from .operands import EPS, label, possible, random_site
+from .operands import (
+    EPS,
+    IN_CPP_AND_EAGER,
+    assert_not_autocast,
+    assert_same,
+    assert_strides_do_not_matter,
+    label,
+    possible,
+    random_site,
+)
 
 mhc = torch.ops.mhc
 PAPER = get_variant("mhc")
@@ -79,27 +88,6 @@ def test_every_dtype_is_as_exact_as_the_open_form(streams, branch):
         assert (a - t).abs().max() <= allowed
 
 
-def test_strides_do_not_matter():
-    site = random_site(PAPER, 4, 6, (2, 3))
-    plain = site_of_operators(site.X, site.f, *site.mapping[1:], PAPER, torch.float64)
-    X = site.X.movedim(-1, 0).contiguous().movedim(0, -1)
-    f = site.f.mT.contiguous().mT
-    phi = site.phi.mT.contiguous().mT
-    strided = site_of_operators(X, f, phi, site.alpha, site.bias, PAPER, torch.float64)
-    for a, b in zip(strided, plain, strict=True):
-        assert a.is_contiguous()
-        assert torch.equal(a, b)
-
-
-def test_autocast_does_not_reach_into_operators():
-    site = random_site(PAPER, 4, 6, (3,)).to(torch.float32)
-    operands = (site.X, site.f, site.phi, site.alpha, site.bias)
-    plain = site_of_operators(*operands, PAPER, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = site_of_operators(*operands, PAPER, torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(inside, plain, strict=True))
-
-
 def test_a_nan_stays_in_its_token():
     site = random_site(PAPER, 4, 6, (3,))
     site.X[1, 2, 3] = torch.nan
@@ -140,6 +128,28 @@ def operators(dtype=torch.float32):
 @pytest.mark.parametrize("name", list(operators()))
 def test_opcheck(name):
     opcheck(getattr(mhc, name).default, operators()[name])
+
+
+@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
+@pytest.mark.parametrize("name", list(operators()))
+def test_strides_do_not_matter(name, dtype):
+    assert_strides_do_not_matter(getattr(mhc, name), operators(dtype)[name])
+
+
+@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
+@pytest.mark.parametrize("name", list(operators()))
+def test_autocast_does_not_reach_into_operators(name, dtype):
+    assert_not_autocast(getattr(mhc, name), operators(dtype)[name])
+
+
+@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
+def test_gradients_under_autocast_are_those_without(dtype):
+    site = random_site(PAPER, 4, 6, (3,)).to(dtype).requires_grad()
+    weights = weights_for(site)
+    plain = results(site_of_operators, site, PAPER, weights=weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = results(site_of_operators, site, PAPER, weights=weights)
+    assert_same(inside, plain)
 
 
 @pytest.mark.parametrize("name", [name for name in operators() if "backward" in name])
