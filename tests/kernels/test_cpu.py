@@ -54,6 +54,9 @@ few_cases = pytest.mark.parametrize(
         ("mhc", 3, BF16, 40, 13),
         ("deepseek_v4", 4, F64, 7, 13),
         ("kromhc", 8, F32, 17, 136),
+        ("mhc", 4, F32, 3, 4099),
+        ("mhc", 4, BF16, 2, 16384),
+        ("mhc", 16, F32, 3, 13),
     ],
 )
 

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
+from torch._decomp import get_decompositions
 from torch._dynamo.backends.common import aot_autograd
 
 import mhc_compile
@@ -161,4 +162,6 @@ def partition(
         bw_compiler=partial(compiler, "backward"),
         inference_compiler=partial(compiler, "inference"),
         partition_fn=min_cut_rematerialization_partition,
+        # As fake tensors tell its strides, a CPU does not make them: later views would fail.
+        decompositions=get_decompositions([torch.ops.aten.native_dropout_backward]),
     )(gm, list(inputs))
