@@ -27,7 +27,7 @@ from .operators import Kind, holds_tensor, is_float_tensor, kind_of, op_name, sa
 
 __all__ = ["canonicalize"]
 
-_INLINED = ("tag_activation_checkpoint", "invoke_subgraph", "wrap")
+INLINED = ("tag_activation_checkpoint", "invoke_subgraph", "wrap")
 
 
 def canonicalize(gm: fx.GraphModule, context: Context) -> PassResult:
@@ -56,7 +56,7 @@ def _inline_bodies(gm: fx.GraphModule) -> int:
 
 
 def _is_body_call(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op != "call_function" or op_name(node) not in _INLINED or not node.args:
+    if node.op != "call_function" or op_name(node) not in INLINED or not node.args:
         return False
     body = node.args[0]
     return isinstance(body, fx.Node) and body.op == "get_attr"

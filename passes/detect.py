@@ -29,9 +29,10 @@ import torch
 from torch import fx
 
 from . import layout
+from .canonicalize import INLINED
 from .context import Context, Declaration, PassResult
 from .dataflow import DataFlow, is_mutation
-from .errors import ChainBrokenError
+from .errors import ChainBrokenError, UnsupportedError
 from .operators import Kind, is_float_tensor, kind_of, op_name, same_shape, shape_of, value_of
 from .sites import Detection, Reason, Rejected, Site, location_of, stack_of
 from .streamwise import is_linear, streamwise_operands
@@ -40,7 +41,12 @@ __all__ = ["detect"]
 
 
 def detect(gm: fx.GraphModule, context: Context) -> PassResult:
-    """Find every residual add; leaves the graph unchanged and ``context.detection`` set."""
+    """Find every residual add; leaves the graph unchanged and ``context.detection`` set.
+
+    Raises:
+        UnsupportedError: a part of the graph is called as a whole: ``canonicalize`` did not run.
+    """
+    _require_inlined(gm.graph)
     detector = _Detector(gm.graph, context)
     context.detection = detector.run()
     found = context.detection
@@ -48,6 +54,17 @@ def detect(gm: fx.GraphModule, context: Context) -> PassResult:
         f"{len(found.sites)} sites in {len(found.chains)} chains, {len(found.rejected)} rejected"
     ]
     return PassResult(gm, changed=False, notes=notes)
+
+
+def _require_inlined(graph: fx.Graph) -> None:
+    """Declarations may stand inside such a part; unseen, its sites would stay plain in silence."""
+    for node in graph.nodes:
+        if op_name(node) in INLINED:
+            raise UnsupportedError(
+                f"{op_name(node)} at {location_of(node)}: the residual adds inside are found only "
+                "behind the pass 'canonicalize', which Config(disabled=...) leaves out. This model "
+                "needs it."
+            )
 
 
 class _Detector:
