@@ -108,25 +108,15 @@ struct Terms {
     int64_t C;
 };
 
-// dX[t] = factor X + H_pre dh + partial + dy φᵀ for ROWS_ tokens and VECTORS_ vectors of channels.
+// dX[t] = dy φᵀ + factor X + H_pre dh + partial for ROWS_ tokens and VECTORS_ vectors of channels.
+// The product first: added to the other terms, which are larger, each of its columns would round.
 template <int ROWS_, int VECTORS_, class Gradient, class Width>
 INLINE void dX_part(const Terms &terms, int64_t t, int64_t c, const K *dy, int64_t dy_stride,
                     const K *phi_T, int columns, Gradient *dX, Lines lines, Width width) {
     V acc[ROWS_][VECTORS_];
     UNROLL
-    for (int r = 0; r < ROWS_; ++r) {
-        UNROLL
-        for (int v = 0; v < VECTORS_; ++v) {
-            const int64_t at = c + v * W;
-            V value = terms.factor[t + r] * load(terms.X + (t + r) * N * terms.C + at, width);
-            if (terms.H_pre != nullptr)
-                value = fma(terms.H_pre[(t + r) * N],
-                            load(terms.dh + (t + r) * terms.C + at, width), value);
-            if (terms.partial != nullptr)
-                value += load(terms.partial + (t + r) * N * terms.C + at, width);
-            acc[r][v] = value;
-        }
-    }
+    for (int r = 0; r < ROWS_; ++r)
+        for (int v = 0; v < VECTORS_; ++v) acc[r][v] = V{};
     for (int j = 0; j < columns; ++j) {
         lines.ask();
         V b[VECTORS_];
@@ -136,10 +126,20 @@ INLINE void dX_part(const Terms &terms, int64_t t, int64_t c, const K *dy, int64
                 acc[r][v] = fma(dy[(t + r) * dy_stride + j], b[v], acc[r][v]);
     }
     UNROLL
-    for (int r = 0; r < ROWS_; ++r)
+    for (int r = 0; r < ROWS_; ++r) {
         UNROLL
-        for (int v = 0; v < VECTORS_; ++v)
-            store(dX + (t + r) * N * terms.C + c + v * W, acc[r][v], width);
+        for (int v = 0; v < VECTORS_; ++v) {
+            const int64_t at = c + v * W;
+            V value = fma(terms.factor[t + r], load(terms.X + (t + r) * N * terms.C + at, width),
+                          acc[r][v]);
+            if (terms.H_pre != nullptr)
+                value = fma(terms.H_pre[(t + r) * N],
+                            load(terms.dh + (t + r) * terms.C + at, width), value);
+            if (terms.partial != nullptr)
+                value += load(terms.partial + (t + r) * N * terms.C + at, width);
+            store(dX + (t + r) * N * terms.C + at, value, width);
+        }
+    }
 }
 
 template <class Gradient>

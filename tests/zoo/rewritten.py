@@ -35,10 +35,12 @@ class Rewritten:
 
     Attributes:
         tensors: what the forward graph keeps for the backward graph, as fake tensors.
+        graphs: the partitioned graphs, by kind.
     """
 
     function: Callable[..., Any]
     tensors: list[Tensor] = field(default_factory=list)
+    graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
     history: Sequence[HistoryEntry] = ()
 
     @property
@@ -103,6 +105,11 @@ class Captured:
         (graph,) = self._graphs
         return graph
 
+    @property
+    def sites(self) -> Sequence[Any]:
+        """The sites of the rewritten graph that was made last."""
+        return mhc_compile.graphs(self.model)[-1].sites
+
     def eagerly(self, **changes: Any) -> Rewritten:
         """The graph behind the passes, for a configuration with some options changed."""
         return self._rewritten(eager, changes)
@@ -110,12 +117,12 @@ class Captured:
     def partitioned(self, **changes: Any) -> Rewritten:
         """The same, as forward and backward graphs that went through their own passes."""
         saved: list[Tensor] = []
-        with patch.object(_torch, "compile_inductor", partial(partition, saved=saved)):
-            return self._rewritten(mhc, changes, saved)
+        graphs: dict[str, fx.GraphModule] = {}
+        instead = partial(partition, saved=saved, graphs=graphs)
+        with patch.object(_torch, "compile_inductor", instead):
+            return replace(self._rewritten(mhc, changes), tensors=saved, graphs=graphs)
 
-    def _rewritten(
-        self, lower: Callable[..., Any], changes: Mapping[str, Any], saved: Any = ()
-    ) -> Rewritten:
+    def _rewritten(self, lower: Callable[..., Any], changes: Mapping[str, Any]) -> Rewritten:
         gm = copy_graph(self.graph)
         for node in declaration_nodes(gm.graph):
             parameters, text = node.args
@@ -123,7 +130,7 @@ class Captured:
             spec = replace(spec, config=replace(spec.config, **changes))
             node.args = (parameters, spec.to_json())
         function = lower(gm, list(self.calls[0]))
-        return Rewritten(function, saved, mhc_compile.graphs(self.model)[-1].history)
+        return Rewritten(function, history=mhc_compile.graphs(self.model)[-1].history)
 
     def run(self, rewritten: Rewritten, call: int = 0) -> Run:
         """Outputs and gradients of all that is learned, from a fixed random state."""
@@ -141,7 +148,11 @@ class Captured:
 
 
 def partition(
-    gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any], saved: list[Tensor]
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    patches: dict[str, Any],
+    saved: list[Tensor],
+    graphs: dict[str, fx.GraphModule] | None = None,
 ) -> Callable[..., Any]:
     """In the place of Inductor: partition, run the passes, execute the graphs as they are."""
 
@@ -150,6 +161,8 @@ def partition(
         patches["post_grad_custom_pre_pass"](graph.graph, kind == "inference")
         graph.graph.lint()
         graph.recompile()
+        if graphs is not None:
+            graphs[kind] = graph
         if kind == "backward":
             kept = graph.graph.find_nodes(op="placeholder")
             free = ("primals", "tangents")
