@@ -110,13 +110,26 @@ def seams(case: Case) -> Step:
 
 
 def parts(case: Case) -> dict[str, Step]:
-    """The operators that the two forms above consist of, one by one."""
+    """The operators that the two forms above consist of, one by one, and the chain in them.
+
+    At 8 channels the product with φ costs next to nothing: what is left is the coefficient chain,
+    which is the same for any number of channels, and a call.
+    """
     o = Operands.of(case)
     mapping = (o.X, o.phi, o.alpha, o.bias)
     _, H_pre, H_post, H_res, y, inv_r = mhc.coefficients_pre(*mapping, TEXT, EPS, case.dtype)
     closed = (H_res, H_post, o.X, o.f)
     kept = (torch.randn_like(H_post), torch.randn_like(H_res), H_pre, *mapping, y, inv_r, o.dX2)
+    few = Operands.of(replace(case, C=8))
+    chained = (few.X, few.phi, few.alpha, few.bias)
+    _, _, _, *kept_of_few = mhc.coefficients(*chained, TEXT, EPS)
+    of_H = (torch.randn_like(H_pre), *kept[:2])
     return {
+        "chain": lambda: mhc.coefficients(*chained, TEXT, EPS),
+        "chain_backward": lambda: mhc.coefficients_backward(
+            *of_H, *chained, *kept_of_few, TEXT, EPS
+        ),
+        "coefficients": lambda: mhc.coefficients(*mapping, TEXT, EPS),
         "coefficients_pre": lambda: mhc.coefficients_pre(*mapping, TEXT, EPS, case.dtype),
         "post_res": lambda: mhc.post_res(*closed),
         "post_res_backward": lambda: mhc.post_res_backward(o.dX2, *closed),

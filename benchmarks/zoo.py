@@ -45,7 +45,8 @@ The compiled transformed model is compared twice. At initialisation: with the pl
 the transformed one run eagerly (outputs; gradients of all parameters). Errors are norms of
 differences over norms, the worst of a model's outputs or gradients. Seconds are those
 of the first forward and backward, compilation included, on a machine that did other work too.
-Operators are those of the compiled forward graph.
+Operators are those of the compiled forward graph; none where Inductor took it from its cache,
+because it is the graph of the model above.
 
 | model | sites | chains | output | gradient | perturbed output | perturbed gradient | seconds \
 | operators |

@@ -14,14 +14,16 @@ from pathlib import Path
 from types import ModuleType
 
 FOLDER_VARIABLE = "MHC_COMPILE_CACHE"
-"""Environment variable with the folder of generated files; default `~/.cache/mhc_compile`."""
+"""Environment variable with the folder of generated files, which is otherwise `mhc_compile` in
+`$XDG_CACHE_HOME`, or in `~/.cache`."""
 
 
 def folder() -> Path:
     """Where generated files lie; made, for the user alone, if it is not there."""
-    wanted = os.environ.get(FOLDER_VARIABLE) or Path("~/.cache/mhc_compile").expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    wanted = os.environ.get(FOLDER_VARIABLE) or os.path.join(base, "mhc_compile")
     try:
-        return _private(Path(wanted))
+        return _private(Path(wanted).expanduser())
     except OSError:  # no home, or a read-only one
         return _private(Path(tempfile.gettempdir()) / f"mhc_compile-{os.getuid()}")
 

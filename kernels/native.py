@@ -46,7 +46,7 @@ _NATIVE: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 """How compilers are asked for the instruction set of this machine; the first that is understood."""
 
 _TIMEOUT = 600
-"""Seconds after which a build is given up; it takes one or two."""
+"""Seconds after which a build is given up: a compiler that hangs must not hold up everybody."""
 
 _lock = threading.Lock()
 _warned = False
