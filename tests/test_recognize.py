@@ -138,6 +138,37 @@ def test_qwen4_exp() -> None:
     assert not explained.sites and "are not normalised together" in str(explained)
 
 
+def test_the_package_hyper_connections() -> None:
+    """lucidrains' connections are another function: they run as they are, and it says why."""
+    name = "hyper_connections.manifold_constrained_hyper_connections"
+    package = pytest.importorskip(name, reason="pip install 'mhc-compile[bench]'")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(
+                package.mHC(4, dim=16, layer_index=i, branch=nn.Linear(16, 16)) for i in range(2)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            X = x.repeat_interleave(4, 0)
+            for layer in self.layers:
+                X = layer(X)
+            return X.unflatten(0, (-1, 4)).sum(1)
+
+    model = Model()
+    plain, parameters = copy.deepcopy(model), list(model.parameters())
+    explained = mhc_compile.explain(model, signal())
+    different = [add for add in explained.rejected if add.reason is Reason.OWN_NORM]
+    assert [add.name for add in different] == ["layers.0", "layers.1"]
+    assert {add.detail for add in different} == {
+        "each of its 4 streams is normalised and projected by itself"
+    }
+    model.compile(backend="mhc")
+    torch.testing.assert_close(model(signal()), plain(signal()))
+    assert_nothing_added(model, plain, parameters)
+
+
 def test_deepseek_v4_in_bfloat16_is_fused_where_it_does_not_round() -> None:
     """It rounds H_post and H_res to bfloat16, which our post_res does not: that stays open."""
     model, ids = hyper.deepseek_v4(layers=1).bfloat16(), hyper.tokens()
