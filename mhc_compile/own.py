@@ -6,6 +6,7 @@ its own keeps its parameters and its numerics; only those that are read as ours 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,8 +52,9 @@ def rewrite(
         UnsupportedError: an option describes connections that would be added.
     """
     found = connections(copy_graph(gm)).own
-    if found and module is not None:
+    if found and module is not None and module not in _known:
         _known.add(module)
+        _say_if_none_is_read(module, found)
     if not found and (module is None or module not in _known):
         return None
     _refuse_options(module, found, options)
@@ -60,6 +62,18 @@ def rewrite(
     context = Context(options_of(config))
     _, entries = run_pipeline(gm, context, OWN, disabled=config.disabled)
     return context, entries
+
+
+def _say_if_none_is_read(module: nn.Module, found: Sequence[Any]) -> None:
+    """What only looks like connections keeps others from being added: not in silence."""
+    if not any(isinstance(site, Site) for site in found):
+        warnings.warn(
+            f"{type(module).__name__} seems to have hyper-connections of its own, at "
+            f"{found[0].location}, but none that backend 'mhc' can read: it adds nothing and "
+            "replaces nothing. mhc_compile.explain(model, *inputs) says what differs; "
+            "mhc_compile.transform(model, ...) adds connections all the same.",
+            stacklevel=2,
+        )
 
 
 def _refuse_options(

@@ -126,7 +126,7 @@ def test_qwen4_exp() -> None:
     plain, parameters = copy.deepcopy(model), list(model.parameters())
     explained = mhc_compile.explain(model, ids)
     model.compile(backend="mhc")
-    with torch.no_grad():
+    with torch.no_grad(), pytest.warns(UserWarning, match="none that backend 'mhc' can read"):
         assert model(ids).logits.allclose(plain(ids).logits, atol=1e-6)
     assert_nothing_added(model, plain, parameters)
     (graph,) = mhc_compile.graphs(model)
@@ -167,6 +167,50 @@ def test_the_package_hyper_connections() -> None:
     model.compile(backend="mhc")
     torch.testing.assert_close(model(signal()), plain(signal()))
     assert_nothing_added(model, plain, parameters)
+
+
+class DeltaRule(nn.Module):
+    """Linear attention that writes v - S k into a state; its keys are as few as streams."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.value, self.query = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        key, value, query = self.key(x), self.value(x), self.query(x)
+        state, out = x.new_zeros(x.shape[0], 8, 8), []
+        for t in range(x.shape[1]):
+            k = 0.3 * key[:, t].unsqueeze(-1)
+            state = state + k * (value[:, t] - (state * k).sum(-2)).unsqueeze(-2)
+            out.append((state * query[:, t].unsqueeze(-1)).sum(-2))
+        return torch.stack(out, 1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rules = nn.ModuleList(DeltaRule() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for rule in self.rules:
+            x = x + rule(x)
+        return x
+
+
+def test_what_only_looks_like_connections_is_not_left_in_silence() -> None:
+    """An outer product added to a state of as many rows as there are tokens."""
+    model, x = Recurrent().double(), signal(2, 8, 8).double()
+    plain, parameters = copy.deepcopy(model), list(model.parameters())
+    model.compile(backend="mhc")
+    with pytest.warns(UserWarning, match="transform.* adds connections all the same"):
+        torch.testing.assert_close(model(x), plain(x))
+    assert_nothing_added(model, plain, parameters)
+
+    transformed = mhc_compile.transform(copy.deepcopy(plain), n=2, example_inputs=(x,))
+    transformed.compile(backend="mhc")
+    torch.testing.assert_close(transformed(x), plain(x))
+    (graph,) = mhc_compile.graphs(transformed)
+    assert [site.name for site in graph.sites] == ["rules_0", "rules_1"]
 
 
 def test_deepseek_v4_in_bfloat16_is_fused_where_it_does_not_round() -> None:
