@@ -78,6 +78,7 @@ class _Detector:
         self.base: dict[fx.Node, fx.Node] = {}
         self.sites: dict[fx.Node, Site] = {}
         self.terms: dict[fx.Node, list[fx.Node]] = {}
+        self.positions: set[fx.Node] = set()  # weights that were added to a stream
         self.rejected: dict[fx.Node, Rejected] = {}
 
     def run(self) -> Detection:
@@ -116,16 +117,22 @@ class _Detector:
                 if o is not u
             )
         ]
-        if free:
-            operand = max(free, key=self._looks_like_a_stream)
-            self.carriers[node] = free
+        activations = [u for u in free if not self._is_weight(self.base[u])]
+        if activations and node in self.used:
+            self.positions.update(self.base[u] for u in free if u not in activations)
+        carriers = activations or free
+        if carriers:
+            operand = max(carriers, key=self._looks_like_a_stream)
+            self.carriers[node] = carriers
             self.up[node] = operand
             self.base[node] = self.base[operand]
 
-    def _looks_like_a_stream(self, node: fx.Node) -> tuple[bool, bool, bool]:
-        """Of ``x + position`` and ``gate * x`` the stream is no weight, and others read it too."""
-        learned = node.name in self.context.trainable
-        return self.base[node] in self.sites, not learned, len(node.users) > 1
+    def _looks_like_a_stream(self, node: fx.Node) -> tuple[bool, bool]:
+        """Of ``gate * x`` the stream is what comes from a site, or what others read too."""
+        return self.base[node] in self.sites, len(node.users) > 1
+
+    def _is_weight(self, node: fx.Node) -> bool:
+        return node.name in self.context.trainable
 
     def _is_written(self, node: fx.Node) -> bool:
         return any(is_mutation(u) and u.args and u.args[0] is node for u in node.users)
@@ -190,7 +197,8 @@ class _Detector:
         for skip in dict.fromkeys(terms):
             others = [t for t in terms if t is not skip]
             for way in self._ways(skip):
-                if not any(self.flow.depends(t, way[-1]) for t in others):
+                first = way[-1]
+                if first in self.positions or not any(self.flow.depends(t, first) for t in others):
                     continue
                 reason = Reason.POINTWISE_BRANCH
                 for position, state in enumerate(way):
@@ -264,10 +272,12 @@ class _Detector:
 
     def _is_learned(self, x: fx.Node, terms: list[fx.Node]) -> bool:
         region = [n for n in self.flow.region(x, terms) if self.flow.depends(n, x)]
-        return any(i.name in self.context.trainable for n in region for i in n.all_input_nodes)
+        return any(self._is_weight(i) for n in region for i in n.all_input_nodes)
 
     def _why_not(self, terms: list[fx.Node]) -> Reason:
         """Tell a transformed skip from operands that have nothing to do with each other."""
+        if any(self._is_weight(self.base[t]) for t in terms):
+            return Reason.WEIGHT
         for skip in terms:
             others = [t for t in terms if t is not skip]
             state = skip
@@ -292,7 +302,7 @@ class _Detector:
             source
             for source in self.flow.inputs(node)
             if is_float_tensor(source)
-            and source.name not in self.context.trainable
+            and not self._is_weight(source)
             and len(shape_of(source)) == len(shape_of(node))
         ]
 
@@ -356,7 +366,7 @@ class _Detector:
                 return child
         for node in mixing:
             for source in node.all_input_nodes:
-                if source.name in self.context.trainable:
+                if self._is_weight(source):
                     return _last_name(source)
         return op_name(mixing[0]) if mixing else "branch"
 

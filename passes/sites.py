@@ -19,6 +19,7 @@ class Reason(enum.StrEnum):
 
     BROADCAST = "the operands have different shapes"
     INDEPENDENT = "neither operand is computed from the other"
+    WEIGHT = "a weight is added to the stream, such as a position embedding"
     POINTWISE_BRANCH = "the branch mixes neither channels nor tokens"
     GATED_SKIP = "the skip is scaled by a gate that depends on the stream"
     PROJECTED_SKIP = "the skip passes through an operation that mixes channels or tokens"

@@ -15,11 +15,12 @@ The definitions, on a torch-level graph as Dynamo hands it to a backend:
 - **Stream-wise.** A step from a node to the operand u it transforms one stream at a time: a cast,
   a dropout, a pointwise function whose other operands do not depend on the base of u, a norm over
   the channels, a view that keeps the channel axis. The base of u is where such steps end; a
-  residual add is always a base.
-- **Residual.** In a sum tree a term s, the skip, leads back stream-wise to x (the nearest such x),
-  and another term depends on x through at least one operation that mixes channels or tokens, and
-  that other term is no state of the stream s belongs to. Of several such terms the one whose x
-  comes first.
+  residual add is always a base. Where a step may go on to a weight or to something else, it goes
+  on to the something else.
+- **Position.** A weight that some earlier step did not go on to for that reason. It is no x.
+- **Residual.** In a sum tree a term s, the skip, leads back stream-wise to x, on which other terms
+  depend through operations that mix channels or tokens (the nearest such x), and none of those
+  is a state of the stream s belongs to. Of several such terms the one whose x comes first.
 - **State.** The states of a stream: what is reached from it going back stream-wise, and on from a
   residual add to its x. Two terms with a state in common are states of one stream.
 - **Branch.** What lies between a residual add's x and its other terms. It reads a mixture of the
@@ -154,15 +155,31 @@ class Oracle:
 
     def walks(self, u: fx.Node, residual: Adds) -> list[list[fx.Node]]:
         """Every stream-wise way back from u: the nodes passed, u first and the base last."""
-        if u in residual:
-            return [[u]]
+        to_weights, to_others = self.walks_by_base(u, residual)
+        return to_others or to_weights or [[u]]
+
+    def walks_by_base(
+        self, u: fx.Node, residual: Adds
+    ) -> tuple[list[list[fx.Node]], list[list[fx.Node]]]:
+        """The ways back from u that end at a weight, and those that end at something else."""
         found = [
             [u, *walk]
-            for operand, others in self.steps(u)
+            for operand, others in ([] if u in residual else self.steps(u))
             for walk in self.walks(operand, residual)
             if not any(self.depends(other, walk[-1]) for other in others)
         ]
-        return found or [[u]]
+        to_weights = [walk for walk in found if is_weight(walk[-1])]
+        return to_weights, [walk for walk in found if walk not in to_weights]
+
+    def is_position(self, base: fx.Node, add: fx.Node, residual: Adds) -> bool:
+        """Whether a base is a weight that a step before this add did not go on to."""
+        if not is_weight(base):
+            return False
+        for u in self.nodes[: self.nodes.index(add)]:
+            to_weights, to_others = self.walks_by_base(u, residual)
+            if to_others and base in {walk[-1] for walk in to_weights}:
+                return True
+        return False
 
     def states(self, u: fx.Node, residual: Adds) -> set[fx.Node]:
         """The states of u's stream up to u."""
@@ -172,6 +189,10 @@ class Oracle:
             if walk[-1] in residual:
                 found |= self.states(residual[walk[-1]].x, residual)
         return found
+
+    def are_states(self, s: fx.Node, t: fx.Node, residual: Adds) -> bool:
+        """Whether two terms are states of one stream."""
+        return bool(self.states(s, residual) & self.states(t, residual))
 
     def normalised_by_hand(self, u: fx.Node) -> fx.Node | None:
         """v where u = v * rsqrt(mean(v^2) + eps), or v / sqrt(mean(v^2) + eps)."""
@@ -242,20 +263,25 @@ class Oracle:
         for term in terms:
             if self.is_inner(term):
                 residual = self.judge(term, residual)
-        found = self.residual(terms, residual)
+        found = self.residual(add, terms, residual)
         return residual if found is None else {**residual, add: found}
 
-    def residual(self, terms: list[fx.Node], residual: Adds) -> Residual | None:
-        """What makes the sum of these terms residual, or None where it is not."""
+    def residual(self, add: fx.Node, terms: list[fx.Node], residual: Adds) -> Residual | None:
+        """What makes this sum of terms residual, or None where it is not."""
         found = []
         for i, s in enumerate(terms):
             others = terms[:i] + terms[i + 1 :]
-            branches = [
-                t for t in others if not self.states(s, residual) & self.states(t, residual)
-            ]
             for walk in self.walks(s, residual):
-                qualify = [x for x in walk if any(self.depends_mixing(t, x) for t in branches)]
-                found += [Residual(x, others) for x in qualify[:1]]
+                nearest = [x for x in walk if any(self.depends_mixing(t, x) for t in others)][:1]
+                found += [
+                    Residual(x, others)
+                    for x in nearest
+                    if not self.is_position(walk[-1], add, residual)
+                    and not any(
+                        self.depends_mixing(t, x) and self.are_states(s, t, residual)
+                        for t in others
+                    )
+                ]
         return min(found, key=lambda f: self.nodes.index(f.x), default=None)
 
     # -- chains ----------------------------------------------------------------------------------

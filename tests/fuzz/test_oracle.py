@@ -21,6 +21,7 @@ class Net(nn.Module):
         self.f, self.g, self.h = (nn.Linear(C, C) for _ in range(3))
         self.norm, self.scale = nn.LayerNorm(C), nn.Parameter(torch.ones(C))
         self.embed = nn.Embedding(5, C)
+        self.position = nn.Parameter(torch.ones(2, 3, C))
         self.function = function
 
     def forward(self, x: Tensor, y: Tensor) -> object:
@@ -236,6 +237,30 @@ def hidden_states(net: Net, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     return tuple(states)
 
 
+def first_state_in_every_sum(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    first = x
+    for _ in range(3):
+        x = x + net.f(x) + first
+    return x
+
+
+def stale_branch_and_state(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    z = blocks(net, x, 2)
+    return blocks(net, z + net.g(x) + x, 1)
+
+
+def learned_queries(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    return blocks(net, net.position, 2) @ y.mT @ x
+
+
+def repeated_position(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    for _ in range(2):
+        x = torch.sigmoid(net.g(x)) * x + net.position
+        x = blocks(net, x, 2)
+        x = F.relu(x) + net.position + net.h(net.position)
+    return x
+
+
 @pytest.mark.parametrize(
     ("function", "sites"),
     [
@@ -270,6 +295,10 @@ def hidden_states(net: Net, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         (squeeze_and_excite, 2),
         (recurrence, 0),
         (hidden_states, 3),
+        (first_state_in_every_sum, 3),
+        (stale_branch_and_state, 3),
+        (learned_queries, 2),
+        (repeated_position, 4),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -71,6 +71,39 @@ def learned_from_zeros(m, x):
     return q
 
 
+WEIGHT = torch.nn.Parameter(torch.randn(2, 3, WIDTH))
+
+
+def learned_queries(m, x):
+    """A stream may begin at a weight."""
+    q = WEIGHT
+    for f in (m.a, m.b):
+        q = q + f(q) @ x.mT @ x
+    return q
+
+
+def positions_in_a_repeated_block(m, x):
+    """The second time, all that the position is added to was computed from it."""
+    for _ in range(2):
+        x = torch.sigmoid(m.c(x)) * x + WEIGHT  # the gate ends the stream
+        x = post(m, pre(m, x))
+        x = (torch.relu(x) + WEIGHT) + m.d(WEIGHT)
+    return x
+
+
+def first_state_in_every_sum(m, x):
+    first = x
+    for f in (m.a, m.b, m.c):
+        x = x + f(x) + first
+    return x
+
+
+def stale_branch_and_state(m, x):
+    """The stream is the latest state; what is added to it from an old one is no site."""
+    z = pre(m, pre(m, x))
+    return pre(m, z + m.c(x) + x)
+
+
 def scalar_clamp(m, x):
     x = x + m.a(x)
     limit = torch.where(torch.isinf(x).any(), 1e4, 1e5)
@@ -125,6 +158,10 @@ COUNTS = {
     "overflow clamp": (scalar_clamp, 2),
     "fast weights": (chain(delta_rule, pre), 2),
     "queries from zeros": (learned_from_zeros, 2),
+    "queries from a weight": (learned_queries, 2),
+    "first state in every sum": (first_state_in_every_sum, 3),
+    "stale branch and state": (stale_branch_and_state, 3),
+    "positions in a repeated block": (positions_in_a_repeated_block, 4),
     "lone add": (pre, 0),
 }
 
@@ -141,6 +178,7 @@ REJECTED = {
     Reason.PROJECTED_SKIP: lambda m, x: m.b(x) + m.a(torch.relu(m.c(x))),
     Reason.POINTWISE_BRANCH: lambda m, x: x + torch.sin(x),
     Reason.INDEPENDENT: lambda m, x: x + torch.ones_like(x),
+    Reason.WEIGHT: lambda m, x: x + WEIGHT,
     Reason.BROADCAST: lambda m, x: x + m.a(x).mean(1, keepdim=True),
     Reason.UNUSED: lambda m, x: (x + m.a(x), m.b(x))[1],
     Reason.CHAIN_OF_ONE: lambda m, x: m.d(x + m.a(x)),
@@ -172,11 +210,10 @@ def test_a_learned_position_is_not_the_stream() -> None:
     def program(m, x):
         start = x + m.scale.new_zeros(2, 3, WIDTH)
         for f in (m.a, m.b):
-            x = x + position
+            x = x + WEIGHT
             x = x + f(x)
         return x + start
 
-    position = torch.nn.Parameter(torch.randn(2, 3, WIDTH))
     found = detected(program)
     assert len(found.sites) == 2
     assert Reason.SUM_OF_STATES in [r.reason for r in found.rejected]

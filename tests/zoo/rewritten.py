@@ -84,8 +84,10 @@ class Captured:
         found = cls(model)
         dynamic = True if len(inputs) > 1 else None
         compiled = torch.compile(model, backend=found.backend, fullgraph=True, dynamic=dynamic)
-        for each in inputs:
-            compiled(**each)
+        # Else a dynamic graph reads every float from a tensor, which only Dynamo's tracing knows.
+        with torch._dynamo.config.patch(specialize_float=True):
+            for each in inputs:
+                compiled(**each)
         torch._dynamo.reset()
         return found
 
@@ -104,6 +106,13 @@ class Captured:
     def graph(self) -> fx.GraphModule:
         (graph,) = self._graphs
         return graph
+
+    @property
+    def example_inputs(self) -> list[Any]:
+        """The first call's inputs; of a graph for several sizes, fake ones with symbolic sizes."""
+        if len(self.calls) == 1:
+            return list(self.calls[0])
+        return [n.meta["example_value"] for n in self.graph.graph.find_nodes(op="placeholder")]
 
     @property
     def sites(self) -> Sequence[Any]:
@@ -129,7 +138,7 @@ class Captured:
             spec = Spec.from_json(text)
             spec = replace(spec, config=replace(spec.config, **changes))
             node.args = (parameters, spec.to_json())
-        function = lower(gm, list(self.calls[0]))
+        function = lower(gm, self.example_inputs)
         return Rewritten(function, history=mhc_compile.graphs(self.model)[-1].history)
 
     def run(self, rewritten: Rewritten, call: int = 0) -> Run:
