@@ -10,6 +10,7 @@ from .defer_norm import defer_norm
 from .detect import detect
 from .fuse_coefficients import fuse_coefficients
 from .fuse_seams import fuse_seams
+from .hoist_views import hoist_views
 from .lower import lower
 from .operators import op_name
 from .recognize import recognize
@@ -48,6 +49,7 @@ PIPELINE = (
     Pass("recognize", recognize),
     Pass("defer_norm", defer_norm),
     Pass("fuse_coefficients", fuse_coefficients),
+    Pass("hoist_views", hoist_views),
     Pass("lower", lower),
 )
 

@@ -106,6 +106,10 @@ def apply_streamwise(node: fx.Node, operand: fx.Node, streams: Any, axis: int, n
     """
     if _acts_on_rows(node, operand, axis):
         return _substitute(node, operand, streams)
+    if axis == -1 and op_name(node) in _RESHAPES:
+        reshaped = _tokens_reshaped(node, operand, streams, n)
+        if reshaped is not None:
+            return reshaped
     front = to_front(streams, axis)
     name = op_name(node)
     new_axis = transfer_axis(node, operand, axis)
@@ -180,6 +184,22 @@ def _substitute(node: fx.Node, operand: fx.Node, value: Any) -> Any:
     return fx.Proxy(made, value.tracer)
 
 
+def _tokens_reshaped(node: fx.Node, operand: fx.Node, streams: Any, n: int) -> Any | None:
+    """Tokens in another shape, streams and channels untouched; None if the channels take part."""
+    name, last, channels = op_name(node), len(shape_of(operand)) - 1, shape_of(node)[-1]
+    if name == "flatten":
+        start, end = _flattened(node, last + 1)
+        return streams.flatten(start, end) if end != last else None
+    if name == "unflatten":
+        dim = _dims(node)[0] % (last + 1)
+        sizes = _sizes(node, streams, first=2, names=("sizes",))
+        return streams.unflatten(dim, sizes) if dim != last else None
+    if not isinstance(channels, int):
+        return None
+    sizes = _sizes(node, streams, first=1, names=("shape", "size"))
+    return streams.reshape(*sizes[:-1], n, channels)
+
+
 def _moved(node: fx.Node, operand: fx.Node, front: Any, n: int) -> Any:
     """A view of one stream as a view of the front layout."""
     name, rank = op_name(node), len(shape_of(operand))
@@ -192,8 +212,8 @@ def _moved(node: fx.Node, operand: fx.Node, front: Any, n: int) -> Any:
         gone = [d + 1 for d in dims if str(shape_of(operand)[d]) == "1"]
         return front.squeeze(tuple(gone))
     if name == "flatten":
-        first, last = ([*_dims(node), *((0, -1)[len(_dims(node)) :])])[:2]
-        return front.flatten(first % rank + 1, last % rank + 1)
+        start, end = _flattened(node, rank)
+        return front.flatten(start + 1, end + 1)
     if name == "unflatten":
         dim = _dims(node)[0] % rank
         return front.unflatten(dim + 1, _sizes(node, front, first=2, names=("sizes",)))
@@ -206,6 +226,13 @@ def _sizes(node: fx.Node, front: Any, *, first: int, names: tuple[str, ...]) -> 
     if len(given) == 1 and isinstance(given[0], (tuple, list)):
         given = given[0]
     return [fx.Proxy(s, front.tracer) if isinstance(s, fx.Node) else s for s in given]
+
+
+def _flattened(node: fx.Node, rank: int) -> tuple[int, int]:
+    """The first and the last dimension that a flatten joins."""
+    dims = _dims(node)
+    start, end = ([*dims, *(0, -1)[len(dims) :]])[:2]
+    return start % rank, end % rank
 
 
 def _dims(node: fx.Node) -> list[int]:

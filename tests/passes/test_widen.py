@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -112,18 +114,6 @@ def truth_nested(m, x):
     return site(X, m.mhc.d, m.d).mean(-2)
 
 
-def plain_flat(m, x):
-    x = (x + m.a(x)).view(-1, WIDTH)
-    x = (x + m.b(x)).transpose(0, 1).transpose(0, 1).view(2, 3, WIDTH)
-    return x + m.c(x) + torch.ones(2, 1, 1) * x.detach()
-
-
-def truth_flat(m, x):
-    X = site(expand(x), m.mhc.a, m.a).reshape(-1, N, WIDTH)
-    X = site(X, m.mhc.b, m.b).reshape(2, 3, N, WIDTH)
-    return site(X, m.mhc.c, lambda h: m.c(h)).mean(-2)
-
-
 def plain_masked(m, x):
     mask = torch.tensor([1.0, 0.25]).view(2, 1, 1)
     x = x + m.a(x)
@@ -158,6 +148,44 @@ def perturbed(plain) -> tuple[Program, Tensor]:
 
 def leaves(value) -> list[Tensor]:
     return list(value) if isinstance(value, tuple) else [value]
+
+
+RESHAPED = {
+    "view": (lambda x: x.view(-1, WIDTH), lambda x: x.view(2, 3, WIDTH)),
+    "sizes left open": (lambda x: x.reshape((6, -1)), lambda x: torch.reshape(x, (2, -1, WIDTH))),
+    "flatten": (lambda x: x.flatten(0, 1), lambda x: x.unflatten(0, (2, 3))),
+    "flatten, from the right": (lambda x: x.flatten(-3, -2), lambda x: x.unflatten(-2, (-1, 3))),
+    "by name": (
+        lambda x: torch.flatten(x, start_dim=0, end_dim=1),
+        lambda x: x.unflatten(dim=0, sizes=(2, 3)),
+    ),
+    "channels as well": (
+        lambda x: x.reshape(2, 3, 1, WIDTH).flatten(2),
+        lambda x: x.unflatten(-1, (1, WIDTH)).flatten(1, 2),
+    ),
+}
+
+
+def reshaped(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Tokens in another shape around the middle one of three sites."""
+    there, back = RESHAPED[name]
+
+    def plain(m, x):
+        x = there(x + m.a(x))
+        x = back(x + m.b(x.cumsum(0)))
+        return x + m.c(x)
+
+    def truth(m, x):
+        X = site(expand(x), m.mhc.a, m.a)
+        X = torch.stack([there(X[..., i, :]) for i in range(N)], -2)
+        X = site(X, m.mhc.b, lambda h: m.b(h.cumsum(0)))
+        X = torch.stack([back(X[..., i, :]) for i in range(N)], -2)
+        return site(X, m.mhc.c, m.c).mean(-2)
+
+    return plain, truth
+
+
+CASES |= {f"reshaped: {name}": reshaped(name) for name in RESHAPED}
 
 
 @pytest.mark.parametrize("name", CASES)
