@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from .context import Context, PassResult
 from .dataflow import erase_dead_code, is_mutation, memory_shown_by, unread
+from .fake import Writer
 from .norms import spelled_out_rms_norm
 from .operators import Kind, holds_tensor, is_float_tensor, kind_of, op_name, same_shape, value_of
 
@@ -287,10 +288,27 @@ def _join_rms_norms(graph: fx.Graph) -> int:
             if have.dtype != dtype.dtype:
                 x = _call(graph, node, "to", (x, dtype.dtype), {})
             new = _call(graph, node, F.rms_norm, (x, (have.shape[-1],), None, eps), {})
+            if not dtype.is_contiguous():
+                new = _laid_as(node, new)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         count += 1
     return count
+
+
+def _laid_as(like: fx.Node, norm: fx.Node) -> fx.Node:
+    """The result of ``rms_norm``, which is contiguous, in the order in memory that it had.
+
+    Spelled out it lies as x does, and random numbers are drawn in that order.
+    """
+    value = value_of(like)
+    assert isinstance(value, torch.Tensor)
+    norm.meta["example_value"] = value.contiguous()
+    order = value.dim_order()
+    back = sorted(range(len(order)), key=order.__getitem__)
+    write = Writer(norm, like)
+    ordered = write.call("contiguous", write.call("permute", norm, order))
+    return write.call("permute", ordered, tuple(back))
 
 
 # --- helpers ------------------------------------------------------------------------------------

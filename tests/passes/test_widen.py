@@ -242,7 +242,16 @@ def permuted_branch(m, x):
     return x + F.dropout(x * x.cumsum(-1), 0.5)
 
 
-@pytest.mark.parametrize("plain", [permuted_stream, permuted_branch])
+def permuted_norm(m, x):
+    x = x.permute(1, 0, 2)
+    for _ in range(2):
+        h = x * x.cumsum(-1)
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        x = x + F.dropout(h, 0.5)
+    return x
+
+
+@pytest.mark.parametrize("plain", [permuted_stream, permuted_branch, permuted_norm])
 def test_dropout_draws_the_mask_of_the_plain_model(plain) -> None:
     """Random numbers fill memory in its order, and a permuted tensor keeps another one."""
     torch.manual_seed(2)
