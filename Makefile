@@ -45,7 +45,7 @@ zoo: $(STAMP)
 	$(BIN)/python benchmarks/zoo.py
 
 fuzz: $(STAMP)
-	MHC_FUZZ_EXAMPLES=$(N) $(BIN)/python -m pytest -n 2 --timeout 0 tests/fuzz
+	MHC_FUZZ_EXAMPLES=$(N) $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 0 tests/fuzz
 
 mutants: $(STAMP)
 	$(BIN)/python tests/mutations.py

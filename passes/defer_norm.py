@@ -40,7 +40,7 @@ from .context import Context, PassResult
 from .dataflow import erase_dead_code, unread, written
 from .fake import Writer
 from .norms import RMSNorm, rms_norm_of
-from .operators import Kind, dtype_of, is_float_tensor, kind_of, op_name, shape_of
+from .operators import Kind, dtype_of, is_float_tensor, kind_of, op_name, same_sizes, shape_of
 
 __all__ = ["defer_norm"]
 
@@ -111,7 +111,7 @@ def _scale(node: fx.Node, value: fx.Node) -> fx.Node | None:
     if op_name(node) not in ("mul", "multiply") or len(node.args) != 2 or node.kwargs:
         return None
     other: Any = node.args[1] if node.args[0] is value else node.args[0]
-    is_row = is_float_tensor(other) and shape_of(other) == shape_of(value)[-1:]
+    is_row = is_float_tensor(other) and same_sizes(shape_of(other), shape_of(value)[-1:])
     return other if is_row else None
 
 

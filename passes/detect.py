@@ -507,7 +507,7 @@ class _Detector:
             (key.split("@")[0], _child_within(node, key))
             for node in self.flow.order
             if kind_of(node) is Kind.MIXING
-            for key, _ in stack_of(node)
+            for key in ("", *(key for key, _ in stack_of(node)))  # "": the root of the capture
         }
 
     def _lost_site(self, owner: str, entry: Declaration) -> str:

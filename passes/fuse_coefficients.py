@@ -43,9 +43,9 @@ from .mapping import (
     require_one_tag,
 )
 from .match import Region, close, evaluate_down, grow, random, strip_casts, way_up
-from .operators import Kind, dtype_of, is_float_tensor, kind_of, op_name, shape_of
+from .operators import Kind, dtype_of, is_float_tensor, kind_of, op_name, same_sizes, shape_of
 from .sites import Reason, Rejected, Site, location_of, stack_of
-from .token_rules import TOKENS, Known, Value, same_sizes
+from .token_rules import TOKENS, Known, Value
 
 __all__ = ["fuse_coefficients"]
 

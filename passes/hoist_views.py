@@ -21,7 +21,7 @@ from ..kernels import site_ops  # noqa: F401  (registers the operators)
 from .context import Context, PassResult
 from .dataflow import written
 from .fake import Writer
-from .operators import op_name, shape_of
+from .operators import op_name, same_sizes, shape_of
 
 __all__ = ["hoist_views"]
 
@@ -53,7 +53,7 @@ def _reshapes_tokens(node: fx.Node, streams: fx.Node) -> bool:
         dims = dims if op_name(node) == "flatten" else dims[:1]
         return all(0 <= d < axes for d in dims) and len(node.args) == 3
     rows = shape_of(streams)[-2:]
-    kept = shape_of(node)[-2:] == rows and all(isinstance(size, int) for size in rows)
+    kept = same_sizes(shape_of(node)[-2:], rows) and all(isinstance(size, int) for size in rows)
     return op_name(node) in ("reshape", "view") and kept and bool(_sizes(node))
 
 

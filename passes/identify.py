@@ -21,9 +21,18 @@ from torch import Tensor, fx
 from ..kernels import reference
 from ..kernels.variants import MOST_PERMUTED_STREAMS, VARIANTS, Gate, Variant
 from .match import Region, close, is_view, random
-from .operators import Kind, dtype_of, holds_tensor, is_float_tensor, kind_of, op_name, shape_of
+from .operators import (
+    Kind,
+    dtype_of,
+    holds_tensor,
+    is_float_tensor,
+    kind_of,
+    op_name,
+    same_sizes,
+    shape_of,
+)
 from .sites import Reason
-from .token_rules import TOKENS, Value, same_sizes
+from .token_rules import TOKENS, Value
 
 __all__ = ["Met", "Oracle", "Refused", "Roles", "oracle_of", "residuals"]
 

@@ -24,7 +24,16 @@ from .fake import Writer
 from .identify import Met, Refused, Roles, oracle_of, residuals
 from .match import Region, evaluate_down, grow, strip_casts, way_up
 from .norms import rms_norm_of, root_mean_square
-from .operators import Kind, dtype_of, is_float_tensor, kind_of, op_name, shape_of, value_of
+from .operators import (
+    Kind,
+    dtype_of,
+    is_float_tensor,
+    kind_of,
+    op_name,
+    same_sizes,
+    shape_of,
+    value_of,
+)
 from .sites import Reason, stack_of
 from .token_rules import Known, Value
 
@@ -205,7 +214,7 @@ class Parameters:
 
     def write_alpha(self, write: Writer, like: fx.Node, dtype: torch.dtype) -> fx.Node:
         """α as three numbers."""
-        if self.alpha is not None and shape_of(self.alpha) == (3,):
+        if self.alpha is not None and same_sizes(shape_of(self.alpha), (3,)):
             return write.cast(self.alpha, dtype)
         if self.alpha is not None:  # a variant without res has two
             alpha = write.cast(self.alpha, dtype)
@@ -326,13 +335,17 @@ class _Reader:
     def _whole(self, source: fx.Node, operand: fx.Node) -> Tensor | None:
         """The value of α or b as one tensor; α is read number by number."""
         shape, found = shape_of(source), self.parameters
-        if shape == (self.mapping.columns,) and found.bias in (None, source):
+        if same_sizes(shape, (self.mapping.columns,)) and found.bias in (None, source):
             found.bias = source
             return self.oracle.bias
         most = 3 if self.mapping.columns > 2 * self.mapping.n else 2
         numbers = (3,) if most == 3 else (2, 3)
-        single = math.prod(shape_of(operand)) == 1  # type: ignore[arg-type]
-        if len(shape) == 1 and shape[0] in numbers and single and found.alpha in (None, source):
+        single = all(same_sizes((size,), (1,)) for size in shape_of(operand))
+        if (
+            any(same_sizes(shape, (k,)) for k in numbers)
+            and single
+            and found.alpha in (None, source)
+        ):
             found.alpha = source
             return self.oracle.alpha[: int(shape[0])]  # type: ignore[call-overload]
         return None

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from .operators import Kind, is_float_tensor, kind_of, op_name, same_shape, shape_of, value_of
+from .operators import (
+    Kind,
+    is_float_tensor,
+    kind_of,
+    op_name,
+    same_shape,
+    same_sizes,
+    shape_of,
+    value_of,
+)
 
 __all__ = ["RMSNorm", "rms_norm_of", "root_mean_square", "spelled_out_rms_norm"]
 
@@ -42,7 +51,7 @@ def rms_norm_of(node: fx.Node) -> RMSNorm | None:
     x, shape, eps = given["input"], given.get("normalized_shape"), given.get("eps")
     if not isinstance(x, fx.Node) or not isinstance(shape, (tuple, list)):
         return None
-    if tuple(shape) != shape_of(x)[-1:]:
+    if not same_sizes(shape, shape_of(x)[-1:]):
         return None
     value = value_of(x)
     assert isinstance(value, torch.Tensor)

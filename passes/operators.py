@@ -8,9 +8,12 @@ real computation (``Kind.MIXING``): a custom attention kernel needs no entry her
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = [
     "Kind",
@@ -20,6 +23,7 @@ __all__ = [
     "kind_of",
     "op_name",
     "same_shape",
+    "same_sizes",
     "shape_of",
     "value_of",
 ]
@@ -188,6 +192,22 @@ def _known_size(size: object) -> object:
 
 
 def same_shape(a: fx.Node, b: fx.Node) -> bool:
-    """Equality of two shapes that installs no guard: symbolic sizes compare as expressions."""
-    left, right = shape_of(a), shape_of(b)
-    return [str(size) for size in left] == [str(size) for size in right]
+    """Whether two tensors are known to have one shape; installs no guard."""
+    return same_sizes(shape_of(a), shape_of(b))
+
+
+def same_sizes(a: Iterable[object], b: Iterable[object]) -> bool:
+    """Whether sizes are known to be equal; installs no guard.
+
+    Symbolic ones are where they are one expression, or where what the capture has assumed (that two
+    operands of an add fit) says so: ``s // 4`` and ``(s // 4) ** 2 // (s // 4)``.
+    """
+    left, right = list(a), list(b)
+    return len(left) == len(right) and all(map(_same_size, left, right))
+
+
+def _same_size(a: Any, b: Any) -> bool:
+    if str(a) == str(b):
+        return True
+    are_sizes = isinstance(a, (int, torch.SymInt)) and isinstance(b, (int, torch.SymInt))
+    return are_sizes and statically_known_true(a == b)

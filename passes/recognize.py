@@ -30,7 +30,16 @@ from .fake import Writer
 from .identify import residuals
 from .mapping import is_widened, mapping_of, place_of
 from .match import is_view, strip_casts
-from .operators import Kind, dtype_of, holds_tensor, is_float_tensor, kind_of, op_name, shape_of
+from .operators import (
+    Kind,
+    dtype_of,
+    holds_tensor,
+    is_float_tensor,
+    kind_of,
+    op_name,
+    same_sizes,
+    shape_of,
+)
 from .sites import Reason, Rejected, location_of
 
 __all__ = ["WriteBack", "recognize", "write_backs"]
@@ -175,9 +184,9 @@ def _meets(product: fx.Node, tail: tuple[int, int]) -> bool:
         for user in node.users:
             if op_name(user) in ("mul", "multiply", *_PRODUCTS):
                 others = [n for n in user.all_input_nodes if n not in seen]
-                if any(shape_of(n)[-2:] == tail for n in others):
+                if any(same_sizes(shape_of(n)[-2:], tail) for n in others):
                     return True
-            small = shape_of(user)[-1:] != tail[1:]
+            small = not same_sizes(shape_of(user)[-1:], tail[1:])
             if (
                 small
                 and user not in seen
@@ -314,7 +323,7 @@ def _difference(found: WriteBack) -> tuple[Reason, str]:
     alone = []
     if width in normalised and n * width not in normalised:
         alone.append("normalised")
-    if {shape_of(node)[-1] for node in data} == {width}:
+    if data and all(same_sizes(shape_of(node)[-1:], (width,)) for node in data):
         alone.append("projected")
     if alone:
         reason = Reason.OWN_NORM if "normalised" in alone else Reason.OWN_PROJECTION

@@ -225,6 +225,11 @@ def _sizes(node: fx.Node, front: Any, *, first: int, names: tuple[str, ...]) -> 
     given: Any = next((node.kwargs[k] for k in names if k in node.kwargs), node.args[first:])
     if len(given) == 1 and isinstance(given[0], (tuple, list)):
         given = given[0]
+    if len(given) == 1 and isinstance(given[0], fx.Node):
+        whole = value_of(given[0])
+        if isinstance(whole, (tuple, list)):  # x.view(y.shape) where sizes are symbols
+            proxy: Any = fx.Proxy(given[0], front.tracer)
+            return [s if type(s) is int else proxy[i] for i, s in enumerate(whole)]
     return [fx.Proxy(s, front.tracer) if isinstance(s, fx.Node) else s for s in given]
 
 

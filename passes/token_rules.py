@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, fx
 
 from ..kernels import reference
-from .operators import holds_tensor, is_float_tensor, op_name, shape_of
+from .operators import holds_tensor, is_float_tensor, op_name, same_sizes, shape_of
 
-__all__ = ["TOKENS", "Known", "Value", "evaluate", "has_rule", "same_sizes"]
+__all__ = ["TOKENS", "Known", "Value", "evaluate", "has_rule"]
 
 TOKENS = 3
 
@@ -68,7 +68,7 @@ def _is_consistent(node: fx.Node, value: Any, known: Known) -> bool:
     """Whether a value has the shape of its node, and operands were not broadcast over tokens."""
     if not isinstance(value, Value):
         return True
-    if shape_of(node)[value.lead :] != value.tail:
+    if not same_sizes(shape_of(node)[value.lead :], value.tail):
         return False
     if _RULES[op_name(node)] is _view:
         return True
@@ -77,11 +77,6 @@ def _is_consistent(node: fx.Node, value: Any, known: Known) -> bool:
         for n in node.all_input_nodes
         if isinstance(known.get(n), Value) and known[n].lead
     )
-
-
-def same_sizes(a: Iterable[Any], b: Iterable[Any]) -> bool:
-    """Equality of sizes that installs no guard: symbolic ones compare as expressions."""
-    return [str(size) for size in a] == [str(size) for size in b]
 
 
 class _NoRule(Exception):

@@ -671,6 +671,30 @@ def test_a_call_whose_path_cuts_the_chain_is_refused():
     assert relative(model(ids()), plain(ids())) < 1e-12
 
 
+class Replacing(nn.Module):
+    """Runs all of its branches, but told so it does not add the first."""
+
+    replace = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x):
+        x = self.a(x) if self.replace else x + self.a(x)
+        x = x + self.b(x)
+        return x + self.c(x)
+
+
+def test_a_branch_that_runs_without_its_add_is_refused():
+    model, x = Replacing(), torch.randn(2, 5, WIDTH)
+    mhc_compile.transform(model, example_inputs=(x,))
+    model.replace = True
+    message = r"branch 'a' of module '<root>' is declared but is not in the captured graph"
+    with pytest.raises(ChainBrokenError, match=message):
+        model(x)
+
+
 # --------------------------------------------------------------------------------------- the rest
 
 

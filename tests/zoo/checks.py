@@ -69,19 +69,23 @@ def output_error(actual: list[Tensor], expected: list[Tensor]) -> float:
     return max(error(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-def gradient_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The worst relative error of a gradient in `expected`, and of all of them as one vector.
+def gradient_errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[float]:
+    """The relative error of every gradient in `expected`.
 
     A gradient that vanishes (the bias of attention keys) has no relative error: norms below a
     hundredth of the largest count as that.
     """
     floor = max(e.double().norm() for e in expected.values()) / 100
-    errors = {
-        k: ((actual[k].double() - e.double()).norm() / e.double().norm().clamp_min(floor)).item()
+    return [
+        ((actual[k].double() - e.double()).norm() / e.double().norm().clamp_min(floor)).item()
         for k, e in expected.items()
-    }
+    ]
+
+
+def gradient_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The worst relative error of a gradient in `expected`, and of all of them as one vector."""
     flat = [torch.cat([g[k].flatten() for k in expected]) for g in (actual, expected)]
-    return max(*errors.values(), error(*flat))
+    return max(*gradient_errors(actual, expected), error(*flat))
 
 
 # ------------------------------------------------------------------------------- mHC parameters

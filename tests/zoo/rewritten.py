@@ -28,6 +28,12 @@ from mhc_compile.passes.runner import HistoryEntry
 
 from .checks import Run, loss_of, perturb, tensors
 
+_FLOATS = torch._dynamo.config.patch(specialize_float=True)
+"""Else a dynamic graph reads floats from tensors, which only Dynamo's tracing knows."""
+
+_STAY_FLOATS = patch.dict("os.environ", TENSORIFY_PYTHON_SCALARS="0")
+"""Else AOTAutograd may ask Dynamo to start anew, which is over."""
+
 
 @dataclass
 class Rewritten:
@@ -84,8 +90,7 @@ class Captured:
         found = cls(model)
         dynamic = True if len(inputs) > 1 else None
         compiled = torch.compile(model, backend=found.backend, fullgraph=True, dynamic=dynamic)
-        # Else a dynamic graph reads every float from a tensor, which only Dynamo's tracing knows.
-        with torch._dynamo.config.patch(specialize_float=True):
+        with _FLOATS:
             for each in inputs:
                 compiled(**each)
         torch._dynamo.reset()
@@ -101,6 +106,11 @@ class Captured:
             return run(*arguments)
 
         return call
+
+    @property
+    def number(self) -> int:
+        """How many graphs Dynamo made."""
+        return len(self._graphs)
 
     @property
     def graph(self) -> fx.GraphModule:
@@ -138,7 +148,8 @@ class Captured:
             spec = Spec.from_json(text)
             spec = replace(spec, config=replace(spec.config, **changes))
             node.args = (parameters, spec.to_json())
-        function = lower(gm, self.example_inputs)
+        with _STAY_FLOATS:
+            function = lower(gm, self.example_inputs)
         return Rewritten(function, history=mhc_compile.graphs(self.model)[-1].history)
 
     def run(self, rewritten: Rewritten, call: int = 0) -> Run:

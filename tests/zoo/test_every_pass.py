@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mhc_compile.passes.operators import op_name
 from mhc_compile.passes.pipeline import PIPELINE
 from tests.models import GPT, ids
 from tests.zoo.checks import Run, gradient_error, output_error
@@ -84,6 +85,37 @@ def test_one_graph_for_all_sizes() -> None:
         for call in range(len(calls)):
             truth = captured.run(widened, call)
             assert max(error(captured.run(rewritten, call), truth)) < 1e-13
+
+
+class Grid(nn.Module):
+    """Sizes that Dynamo writes in two ways, H // 2 and (H // 2)² // (H // 2); one kept whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.size(1) // 2
+        x = x[:, :half, :half]
+        for over_grid, over_tokens in zip(self.maps[:2], self.maps[2:], strict=True):
+            batch, height, _, width = size = x.size()
+            x = x + over_grid(x.flatten(1, 2)).reshape(batch, height, -1, width)
+            x = x.reshape(-1, width)
+            x = (x + over_tokens(x)).view(size)
+        return x
+
+
+def test_one_graph_where_equal_sizes_are_written_in_two_ways() -> None:
+    calls = [{"x": torch.randn(2, h, h, 8, dtype=FP64)} for h in (6, 8)]
+    captured = Captured.perturbed(Grid().to(FP64), *calls)
+    fused = captured.partitioned()
+    for number, call in enumerate(calls):
+        for rewritten in (captured.eagerly(), fused):
+            (output,) = captured.run(rewritten, number).outputs
+            torch.testing.assert_close(output, captured.model(**call), rtol=1e-13, atol=1e-13)
+    nodes = fused.graphs["forward"].graph.nodes
+    operators = [op_name(node) for node in nodes if str(node.target).startswith("mhc.")]
+    assert operators == ["coefficients_pre", *["seam"] * 3, "post_res"]
 
 
 # --------------------------------------------------------------------------------------- history

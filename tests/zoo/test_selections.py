@@ -10,13 +10,14 @@ the graph is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from mhc_compile import MhcError
-from tests.zoo.checks import Run
+from tests.zoo.checks import Run, gradient_errors
 from tests.zoo.models import Model, every
 from tests.zoo.rewritten import Captured, Rewritten
 from tests.zoo.test_every_pass import ALONE, BF16, FP32, FP64, OPEN, PREFIXES, error
@@ -42,34 +43,67 @@ def test_meaning_stays_where_it_infers(entry: Model) -> None:
 
 @few_models
 def test_meaning_stays_where_sizes_change(entry: Model) -> None:
+    """Where one graph serves all sizes of the plain model, it does so of the transformed one."""
     calls = [entry.example(FP64, batch, entry.length + more) for batch, more in ((4, 0), (3, 1))]
     captured = Captured.perturbed(entry.make(FP64), *calls)
-    assert_equal(captured)
+    if captured.number == 1:
+        assert_equal(captured)
+    else:
+        assert captured.number == graphs_of_plain(entry, calls)
+
+
+def graphs_of_plain(entry: Model, calls: list[dict[str, Any]]) -> int:
+    """How many graphs Dynamo makes of the plain model."""
+    counter = CompileCounter()
+    compiled = torch.compile(entry.make(FP64), backend=counter, fullgraph=True, dynamic=True)
+    for call in calls:
+        compiled(**call)
+    return counter.frame_count
 
 
 @few_models
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_rounding_stays_what_it_is_in_the_open_form(entry: Model, dtype: torch.dtype) -> None:
-    """At most twice as far from the open form in float64."""
+    """As far from float64 as the open form: of a few numbers the error is one draw of many."""
     captured = Captured.perturbed(entry.make(dtype), entry.example(dtype))
     exact = Captured.perturbed(entry.make(dtype).double(), as_double(entry.example(dtype)))
     truth = exact.run(exact.eagerly(disabled=OPEN))
-    plain = error(captured.run(captured.eagerly(disabled=OPEN)), truth)
-    for rewritten in selections(captured):
-        for got, allowed in zip(error(captured.run(rewritten), truth), plain, strict=True):
-            assert got <= 2 * allowed
+    allowed = rounding(captured.run(captured.eagerly(disabled=OPEN)), truth)
+    for (run,) in results(captured):
+        got = rounding(run, truth)
+        assert got.outputs <= 2 * allowed.outputs
+        assert got.gradients <= 2 * allowed.gradients
+        assert got.worst_gradient <= 8 * allowed.worst_gradient
 
 
-def selections(captured: Captured) -> Iterator[Rewritten]:
-    """A graph behind every selection of passes; then partitioned, with and without seams."""
+class Rounding(NamedTuple):
+    """Relative errors; of the gradients the root of the mean square, and the largest."""
+
+    outputs: float
+    gradients: float
+    worst_gradient: float
+
+
+def rounding(run: Run, truth: Run) -> Rounding:
+    outputs, worst = error(run, truth)
+    errors = torch.tensor(gradient_errors(run.gradients, truth.gradients))
+    return Rounding(outputs, errors.square().mean().sqrt().item(), worst)
+
+
+def results(captured: Captured) -> Iterator[list[Run]]:
+    """All calls behind every selection of passes; then partitioned, with and without seams."""
     for off in SELECTIONS:
         try:
-            yield captured.eagerly(disabled=off)
+            yield every_call(captured, captured.eagerly(disabled=off))
         except (MhcError, RuntimeError):
             if off != ("canonicalize",):
                 raise
     for off in ((), ("fuse_seams",)):
-        yield captured.partitioned(disabled=off)
+        yield every_call(captured, captured.partitioned(disabled=off))
+
+
+def every_call(captured: Captured, rewritten: Rewritten) -> list[Run]:
+    return [captured.run(rewritten, call) for call in range(len(captured.calls))]
 
 
 def as_double(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,10 +112,9 @@ def as_double(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def assert_equal(captured: Captured) -> None:
     """In float64, whatever passes run, in every call."""
-    widened = captured.eagerly(disabled=OPEN)
-    truths: list[Run] = [captured.run(widened, call) for call in range(len(captured.calls))]
-    for rewritten in selections(captured):
-        for call, truth in enumerate(truths):
-            outputs, gradients = error(captured.run(rewritten, call), truth)
+    truths = every_call(captured, captured.eagerly(disabled=OPEN))
+    for runs in results(captured):
+        for run, truth in zip(runs, truths, strict=True):
+            outputs, gradients = error(run, truth)
             assert outputs < 1e-12
             assert gradients < 1e-11
