@@ -65,6 +65,8 @@ def graphs_of_plain(entry: Model, calls: list[dict[str, Any]]) -> int:
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_rounding_stays_what_it_is_in_the_open_form(entry: Model, dtype: torch.dtype) -> None:
     """As far from float64 as the open form: of a few numbers the error is one draw of many."""
+    if not runs(entry, dtype):
+        pytest.skip(f"the plain model does not run in {dtype}: an FFT")
     captured = Captured.perturbed(entry.make(dtype), entry.example(dtype))
     exact = Captured.perturbed(entry.make(dtype).double(), as_double(entry.example(dtype)))
     truth = exact.run(exact.eagerly(disabled=OPEN))
@@ -74,6 +76,16 @@ def test_rounding_stays_what_it_is_in_the_open_form(entry: Model, dtype: torch.d
         assert got.outputs <= 2 * allowed.outputs
         assert got.gradients <= 2 * allowed.gradients
         assert got.worst_gradient <= 8 * allowed.worst_gradient
+
+
+def runs(entry: Model, dtype: torch.dtype) -> bool:
+    """Whether the plain model runs in a dtype; only FNet may not."""
+    try:
+        entry.make(dtype)(**entry.example(dtype))
+    except RuntimeError:
+        assert entry.name == "fnet"
+        return False
+    return True
 
 
 class Rounding(NamedTuple):
@@ -113,8 +125,8 @@ def as_double(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def assert_equal(captured: Captured) -> None:
     """In float64, whatever passes run, in every call."""
     truths = every_call(captured, captured.eagerly(disabled=OPEN))
-    for runs in results(captured):
-        for run, truth in zip(runs, truths, strict=True):
+    for found in results(captured):
+        for run, truth in zip(found, truths, strict=True):
             outputs, gradients = error(run, truth)
             assert outputs < 1e-12
             assert gradients < 1e-11
