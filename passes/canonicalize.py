@@ -24,7 +24,16 @@ from .context import Context, PassResult
 from .dataflow import erase_dead_code, is_mutation, memory_shown_by, unread
 from .fake import Writer
 from .norms import spelled_out_rms_norm
-from .operators import Kind, holds_tensor, is_float_tensor, kind_of, op_name, same_shape, value_of
+from .operators import (
+    Kind,
+    holds_tensor,
+    is_float_tensor,
+    kind_of,
+    memory_order,
+    op_name,
+    same_shape,
+    value_of,
+)
 
 __all__ = ["canonicalize"]
 
@@ -304,11 +313,10 @@ def _laid_as(like: fx.Node, norm: fx.Node) -> fx.Node:
     value = value_of(like)
     assert isinstance(value, torch.Tensor)
     norm.meta["example_value"] = value.contiguous()
-    order = value.dim_order()
-    back = sorted(range(len(order)), key=order.__getitem__)
+    order, back = memory_order(value)
     write = Writer(norm, like)
     ordered = write.call("contiguous", write.call("permute", norm, order))
-    return write.call("permute", ordered, tuple(back))
+    return write.call("permute", ordered, back)
 
 
 # --- helpers ------------------------------------------------------------------------------------

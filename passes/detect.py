@@ -13,6 +13,11 @@ Note [What is a site]
     earlier site's z form a chain. (Definition of the residual stream in arXiv:2512.24880, eq. 1,
     extended to post-norm and parallel branches.)
 
+    A term computed from x that is a later state of its stream makes the sum one of two states. A
+    weight may be the first state of a stream (learned queries, z = q + f(q)), but not once it was
+    added to another: a position embedding in a block that runs twice would be taken for a stream,
+    because the second time all that it is added to was computed from it.
+
 Note [Linear time]
     All questions about reachability are local (see ``dataflow._Reach``): the cost of a site is
     that of its neighbourhood, so a model of 1,000 layers costs 1,000 times one layer.

@@ -21,6 +21,7 @@ __all__ = [
     "holds_tensor",
     "is_float_tensor",
     "kind_of",
+    "memory_order",
     "op_name",
     "same_shape",
     "same_sizes",
@@ -189,6 +190,12 @@ def _known_size(size: object) -> object:
         return size
     text = str(size)
     return int(text) if text.isdecimal() else size
+
+
+def memory_order(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The permutation after which a dense tensor is contiguous, and the one that undoes it."""
+    order = tuple(value.dim_order())
+    return order, tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
 def same_shape(a: fx.Node, b: fx.Node) -> bool:

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from .operators import Kind, is_float_tensor, kind_of, op_name, same_shape, shape_of, value_of
+from .operators import (
+    Kind,
+    is_float_tensor,
+    kind_of,
+    memory_order,
+    op_name,
+    same_shape,
+    shape_of,
+    value_of,
+)
 
 __all__ = ["apply_streamwise", "is_linear", "lay_as", "streamwise_operands", "transfer_axis"]
 
@@ -136,8 +145,7 @@ def lay_as(plain: fx.Node, tensor: Any) -> Any:
     assert isinstance(value, torch.Tensor)
     if value.is_contiguous():
         return tensor.contiguous()
-    order = value.dim_order()
-    back = sorted(range(len(order)), key=order.__getitem__)
+    order, back = memory_order(value)
     return tensor.permute(order).contiguous().permute(back)
 
 

@@ -86,6 +86,14 @@ def test_anything_else_stays(name: str) -> None:
     assert shape_of(post_res(gm)) == (*LEAD, N, WIDTH)
 
 
+def test_a_view_that_is_given_a_whole_size_stays() -> None:
+    def program(H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor) -> Tensor:
+        return torch.ops.mhc.post_res.default(H_res, H_post, X, f).view(X.size())
+
+    gm = traced(program, operands())
+    assert not hoist_views(gm, Context(Options(2, get_variant("mhc")))).changed
+
+
 def test_what_is_overwritten_before_the_view_is_not_read_behind_it() -> None:
     def program(H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor) -> Tensor:
         f = f * 1.0

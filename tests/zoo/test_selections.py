@@ -79,11 +79,11 @@ def test_rounding_stays_what_it_is_in_the_open_form(entry: Model, dtype: torch.d
 
 
 def runs(entry: Model, dtype: torch.dtype) -> bool:
-    """Whether the plain model runs in a dtype; only FNet may not."""
+    """Whether the plain model runs in a dtype; only FNet in bfloat16 may not."""
     try:
         entry.make(dtype)(**entry.example(dtype))
     except RuntimeError:
-        assert entry.name == "fnet"
+        assert entry.name == "fnet" and dtype is BF16
         return False
     return True
 
