@@ -365,7 +365,7 @@ MUTATIONS = [
         "hoist_views.py",
         ("others that read the streams lose them", "len(source.users) == 1", "True"),
         ("what is overwritten is read too late", "and not touched", ""),
-        ("channels and streams may change places", "same_sizes(shape_of(node)[-2:], rows)", "True"),
+        ("channels and streams may change places", "same_sizes(shape[-2:], rows)", "True"),
         ("streams may be flattened with tokens", "0 <= d < axes", "0 <= d"),
     ),
 ]
