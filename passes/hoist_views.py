@@ -52,11 +52,9 @@ def _reshapes_tokens(node: fx.Node, streams: fx.Node) -> bool:
     if op_name(node) in ("flatten", "unflatten"):
         dims = dims if op_name(node) == "flatten" else dims[:1]
         return all(0 <= d < axes for d in dims) and len(node.args) == 3
-    rows = shape_of(streams)[-2:]
-    kept = same_sizes(shape_of(node)[-2:], rows) and all(isinstance(size, int) for size in rows)
-    return (
-        op_name(node) in ("reshape", "view") and kept and len(_sizes(node)) == len(shape_of(node))
-    )
+    shape, rows = shape_of(node), shape_of(streams)[-2:]
+    kept = same_sizes(shape[-2:], rows) and all(isinstance(size, int) for size in rows)
+    return op_name(node) in ("reshape", "view") and kept and len(_sizes(node)) == len(shape)
 
 
 def _sizes(node: fx.Node) -> list[Any]:
