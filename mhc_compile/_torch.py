@@ -179,7 +179,7 @@ def is_forced_eager() -> bool:
 
 def is_symbolically_traced() -> bool:
     """Whether ``torch.fx.symbolic_trace`` or ``make_fx`` is tracing the code that runs."""
-    return bool(torch.fx._symbolic_trace._is_fx_tracing_flag)
+    return bool(torch.fx._symbolic_trace.is_fx_symbolic_tracing())
 
 
 def break_reason(gm: fx.GraphModule) -> str | None:
