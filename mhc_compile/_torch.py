@@ -57,10 +57,12 @@ __all__ = [
     "graph_passes",
     "inductor_options",
     "inductor_setting",
+    "innermost_module",
     "is_backward",
     "is_cut_for_ddp",
     "is_exporting",
     "is_forced_eager",
+    "is_functorch_active",
     "is_inductor_option",
     "is_known_to_ddp",
     "is_listing_parameters",
@@ -133,10 +135,12 @@ def dynamo_settings() -> Iterator[None]:
 
     ``optimize_ddp`` would cut the graph at DistributedDataParallel's buckets, in the middle of
     the streams, before a backend sees it; Inductor's ``freezing`` would make constants of the
-    parameters that ``declare`` hands to the backend.
+    parameters that ``declare`` hands to the backend. Guards on empty dictionaries of hooks, which
+    Dynamo leaves out by default, let a hook count that was registered after the first call.
     """
     dynamo = torch._dynamo.config.patch(
         optimize_ddp=False,
+        skip_nnmodule_hook_guards=False,
         recompile_limit=RECOMPILE_LIMIT,
         accumulated_recompile_limit=4 * RECOMPILE_LIMIT,
     )
@@ -218,12 +222,37 @@ def calling_module() -> torch.nn.Module | None:
         module, name = frame.f_locals.get("self"), frame.f_code.co_name
         if isinstance(module, torch._dynamo.OptimizedModule):
             return module._orig_mod
-        if isinstance(module, torch.nn.Module) and name in ("_call_impl", "_wrapped_call_impl"):
-            if name == "_wrapped_call_impl" and module._compiled_call_impl is not None:
+        if isinstance(module, torch.nn.Module) and name in _MODULE_CALLS:
+            compiled = module.__dict__.get("_compiled_call_impl")
+            if name == "_wrapped_call_impl" and compiled is not None:
                 return module
             outermost = module
         frame = frame.f_back
     return outermost
+
+
+_MODULE_CALLS = ("_call_impl", "_wrapped_call_impl")
+
+
+def innermost_module() -> torch.nn.Module | None:
+    """The module whose ``forward`` holds the code that is being captured.
+
+    Modules that Dynamo inlines have no frame of their own; so it is the innermost on the stack.
+    """
+    frame: types.FrameType | None = inspect.currentframe()
+    while frame is not None:
+        module, name = frame.f_locals.get("self"), frame.f_code.co_name
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            return module._orig_mod
+        if isinstance(module, torch.nn.Module) and name in _MODULE_CALLS:
+            return module
+        frame = frame.f_back
+    return None
+
+
+def is_functorch_active() -> bool:
+    """Whether the code that runs is under a transform of ``torch.func``."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_listing_parameters() -> bool:

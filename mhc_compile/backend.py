@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from . import _torch, history
+from . import _torch, guard, history, swap
 from .capture import copy_graph
 from .config import Config
 from .declare import Spec, collect, declaration_nodes
@@ -22,11 +22,12 @@ from .own import rewrite
 from .partitioned import PartitionedPasses
 from .passes.canonicalize import canonicalize
 from .passes.context import Context
+from .passes.detect import detect
 from .passes.errors import GraphBreakError, MhcError, NoSitesError, UnsupportedError
-from .passes.pipeline import PIPELINE
+from .passes.pipeline import EXAMINE, PIPELINE
 from .passes.runner import HistoryEntry, Pass, run_pipeline
-from .passes.sites import stack_of
-from .transform import DDP_COMES_LAST, attach, context_of, options_of
+from .passes.sites import identity_of, stack_of
+from .transform import DDP_COMES_LAST, attach, context_of, options_of, owners_in
 
 __all__ = ["check_options", "eager", "mhc"]
 
@@ -100,10 +101,13 @@ def _compile(
         )
     captured, work = copy_graph(gm), copy_graph(gm)
     declared = _declared_config(work)
+    module = swap.calling_root() or _torch.calling_module()
+    owners = _transformed_modules(gm, module)
+    sites = guard.Sites.of(owners, work.graph, example_inputs)
     if declared is None:
-        module = _torch.calling_module()
         if own is not None and (found := rewrite(work, module, own)) is not None:
             context, entries = found
+            _require_nothing_lost(sites, gm, work, owners)
             runner = lower(work, example_inputs, Run(Config(**{**own, "n": 1}), entries))
             history.trace(entries)
             history.record(captured, work, entries, context, example_inputs)
@@ -111,38 +115,82 @@ def _compile(
         if own is not None and not _is_transformed(module):
             return _first_call_of_plain(gm, example_inputs, Config(**own), lower, module)
         # a part of the model without a site
+        _require_nothing_lost(sites, gm, work, owners)
         return lower(work, example_inputs, Run(Config(**(own or {}))))
     _refuse_constants(work)
     _require_agreement(own or {}, declared)
     context = Context(
         options_of(declared),
         trainable=_trainable(work, example_inputs),
+        owners=owners_in(*owners),
         broken_at=_torch.break_reason(gm),
     )
     if "canonicalize" in declared.disabled:
         collect(work.graph, context)
     work, entries = run_pipeline(
-        work, context, _with_collection(PIPELINE), disabled=declared.disabled
+        work, context, _checked(PIPELINE, sites), disabled=declared.disabled
     )
     history.trace(entries)
     _erase_declarations(work)
+    guard.require_alive(
+        sites, work, lambda: guard.undeclared_in(context.detection), context.broken_at
+    )
     _require_synchronisation(work, context, example_inputs)
     runner = lower(work, example_inputs, Run(declared, entries))
     history.record(captured, work, entries, context, example_inputs)
     return runner
 
 
-def _with_collection(passes: Sequence[Pass]) -> list[Pass]:
-    """Declarations are read as soon as the bodies that may hold some are inlined."""
+def _transformed_modules(gm: fx.GraphModule, module: nn.Module | None) -> list[nn.Module]:
+    """The modules with declared sites that a graph may come from, outermost first.
 
-    def run(gm: fx.GraphModule, context: Context) -> Any:
+    Args:
+        module: that which is being called, if it is known.
+    """
+    found = [module] if module is not None and _is_transformed(module) else []
+    for node in gm.graph.nodes:
+        for key, _ in stack_of(node):
+            part = swap.find(identity_of(key))
+            if part is not None and not any(part is m for root in found for m in root.modules()):
+                found.append(part)
+    return found
+
+
+def _require_nothing_lost(
+    sites: guard.Sites, gm: fx.GraphModule, work: fx.GraphModule, owners: Sequence[nn.Module]
+) -> None:
+    """In a graph in which nothing is declared no branch of a site may run."""
+
+    def undeclared() -> list[Any]:
+        context = Context(options_of(Config()), owners=owners_in(*owners), declarations={})
+        run_pipeline(copy_graph(gm), context, EXAMINE)
+        return guard.undeclared_in(context.detection)
+
+    if sites.declared:
+        guard.require_alive(sites, work, undeclared, _torch.break_reason(gm))
+
+
+def _checked(passes: Sequence[Pass], sites: guard.Sites) -> list[Pass]:
+    """The passes on the graph of a model whose sites are declared.
+
+    Declarations are read as soon as the bodies that may hold some are inlined; what was detected
+    must fit them.
+    """
+
+    def canonicalize_and_collect(gm: fx.GraphModule, context: Context) -> Any:
         result = canonicalize(gm, context)
         if read := collect(result.gm.graph, context):
             notes = [*result.notes, f"{read} declarations read"]
             result = replace(result, changed=True, notes=notes)
         return result
 
-    return [Pass(p.name, run, p.ensures) if p.name == "canonicalize" else p for p in passes]
+    def detect_and_compare(gm: fx.GraphModule, context: Context) -> Any:
+        result = detect(gm, context)
+        guard.require_own_branches(sites, gm, context)
+        return result
+
+    run = {"canonicalize": canonicalize_and_collect, "detect": detect_and_compare}
+    return [Pass(p.name, run.get(p.name, p.run), p.ensures) for p in passes]
 
 
 def _run_eagerly(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Runner:
@@ -243,9 +291,7 @@ def _require_agreement(own: Mapping[str, Any], declared: Config) -> None:
 
 
 def _is_transformed(module: nn.Module | None) -> bool:
-    from .swap import is_swapped
-
-    return module is not None and any(is_swapped(m) for m in module.modules())
+    return module is not None and any(swap.is_swapped(m) for m in module.modules())
 
 
 def _first_call_of_plain(
@@ -286,7 +332,7 @@ def _first_call_of_plain(
 
     def first_call(*inputs: Any) -> Any:
         if not pending:
-            parameters = attach(module, work, detection, config)
+            parameters = attach(module, work, example_inputs, detection, config)
             extra = _add_inputs(work, detection, parameters)
             rewritten, entries = run_pipeline(work, context, PIPELINE[2:])
             history.record(captured, rewritten, entries, context, [*example_inputs, *extra])
@@ -322,16 +368,10 @@ def _fake_mode_of(gm: fx.GraphModule) -> Any:
 
 def _check_whole(gm: fx.GraphModule, module: nn.Module) -> None:
     """A plain model is transformed at once or not at all: its graph must be one."""
-    broken = _torch.break_reason(gm)
-    names = {str(id(m)): name for name, m in module.named_modules(remove_duplicate=False)}
-    for node in gm.graph.nodes:
-        stack = stack_of(node)
-        if stack and stack[0][0].split("@")[0] in names:
-            name = names[stack[0][0].split("@")[0]]
-            if not stack[0][1].endswith(name.rsplit(".", 1)[-1]) or (
-                name.count(".") > stack[0][1].count(".")
-            ):
-                broken = broken or f"a call above module '{name}'"
+    broken, captured = _torch.break_reason(gm), _torch.innermost_module()
+    if captured is not None and captured is not module:
+        name = next((path for path, m in module.named_modules() if m is captured), "")
+        broken = broken or f"a call above module '{name}'"
     if broken:
         raise GraphBreakError(
             f"Dynamo breaks the graph of {type(module).__name__} at {broken}; a model that was not "

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .kernels.variants import VARIANTS, Variant, get_variant
-from .passes.pipeline import PARTITIONED, PIPELINE
+from .passes.pipeline import PARTITIONED, PIPELINE, REQUIRED
 
 INITS = ("preserve", "paper")
 READOUTS = ("mean", "sum", "head")
@@ -169,6 +169,11 @@ def _check_passes(disabled: tuple[str, ...]) -> None:
     if unknown := [name for name in disabled if name not in known]:
         raise ValueError(
             f"Config: disabled names no pass: {', '.join(unknown)}; passes are {', '.join(known)}"
+        )
+    if required := [name for name in disabled if name in REQUIRED]:
+        raise ValueError(
+            f"Config: {', '.join(required)} cannot be disabled: without it a model would run its "
+            f"plain residuals. To leave sites out use exclude, to leave mHC mhc_compile.revert."
         )
 
 

@@ -33,6 +33,9 @@ class StreamParameters(nn.Module):
     alpha: nn.Parameter
     bias: nn.Parameter
 
+    witness: Any = None
+    """Of a ``Connection``: a weight of its branch, by which ``guard`` sees whether that ran."""
+
     def __init__(
         self,
         width: int,

@@ -20,7 +20,7 @@ from . import _torch
 from .config import Config
 from .passes.context import Context, Declaration
 from .passes.errors import NotCapturedError
-from .passes.sites import stack_of
+from .passes.sites import identity_of, stack_of
 
 __all__ = ["DeclaredSite", "Spec", "collect", "declaration_nodes", "declare"]
 
@@ -88,7 +88,7 @@ def declaration_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
 
 def collect(graph: fx.Graph, context: Context) -> int:
     """Move what the graph's ``declare`` nodes say into a context, and erase them; their number."""
-    declarations: dict[str, list[Declaration]] = {}
+    declarations: dict[str, dict[str, Declaration]] = {}
     homes: set[int] = set()
     nodes = list(declaration_nodes(graph))
     for node in nodes:
@@ -96,15 +96,14 @@ def collect(graph: fx.Graph, context: Context) -> int:
         spec = Spec.from_json(str(text))
         homes.update(spec.homes)
         stack = stack_of(node)
-        owner = stack[-1][0].split("@")[0] if stack else ""
+        owner = identity_of(stack[-1][0]) if stack else ""
         remaining = list(tensors)  # type: ignore[arg-type]
-        found = []
         for site in spec.sites:
             own, remaining = remaining[: site.tensors], remaining[site.tensors :]
-            found.append(Declaration(site.name, site.chain, site.first, site.last, own))
-        if found:
-            declarations[owner] = found
+            declared = Declaration(site.name, site.chain, site.first, site.last, own)
+            # A module may be called twice, or its forward by another one: it says the same again.
+            declarations.setdefault(owner, {}).setdefault(site.name, declared)
         graph.erase_node(node)
-    context.declarations = declarations
+    context.declarations = {owner: list(group.values()) for owner, group in declarations.items()}
     context.homes = frozenset(homes)
     return len(nodes)

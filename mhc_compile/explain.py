@@ -170,7 +170,7 @@ def _add(model: nn.Module, found: Site | Rejected, chain: int, reason: str) -> A
 
 def _source_of(model: nn.Module, path: str) -> str:
     """File and class of a module, where the trace has no line to show."""
-    module = model.get_submodule(path)
+    module = dict(model.named_modules())[path]
     original = swap.original_class(module)
     try:
         return f"{inspect.getsourcefile(original)} ({original.__name__})"

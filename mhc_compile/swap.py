@@ -7,6 +7,13 @@ its ``forward`` does one of three things:
     while Dynamo traces       mention the sites (``mhc::declare``), run the original forward
     outermost, called plainly compile the call with the eager backend of this library and run it
     anything else             raise: the original forward would run plain residuals
+
+Note [Replaced forwards]
+    ``module.forward = f`` and ``Class.forward = f`` are common (accelerate, kernels that patch
+    themselves in), before and after a model was transformed. The class's own forward is therefore
+    looked up at every call, and one that stands on the instance is *adopted*: it declares the sites
+    as the class's would. Dynamo guards neither; so a plain call compares them first, and captures
+    anew where one has changed.
 """
 
 from __future__ import annotations
@@ -14,6 +21,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,13 +34,29 @@ from .connection import StreamParameters
 from .declare import Spec, declare
 from .passes.errors import CheckpointError, MhcError, NotCapturedError, UnsupportedError
 
-__all__ = ["is_swapped", "original_class", "restore", "swap"]
+__all__ = ["calling_root", "find", "is_swapped", "original_class", "restore", "swap"]
 
 SPEC = "_mhc_spec"
 CALL = "_mhc_call"
-OWN_ATTRIBUTES = (SPEC, CALL, adapters.COMPILED)
+FORWARD = "_mhc_forward"
+"""Under which an adopted forward keeps the one that the user put on the instance."""
+
+OWN_ATTRIBUTES = (SPEC, CALL, FORWARD, adapters.COMPILED)
 
 _root: contextvars.ContextVar[nn.Module | None] = contextvars.ContextVar("mhc_root", default=None)
+
+# By identity, as the captured graphs know modules. Nothing is read from it but which module it is.
+_swapped: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
+
+
+def calling_root() -> nn.Module | None:
+    """The module whose plain call is being captured or run, if there is one."""
+    return _root.get()
+
+
+def find(identity: str) -> nn.Module | None:
+    """The module of a transformed model with this identity (see ``sites.identity_of``)."""
+    return _swapped.get(identity)
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -49,17 +73,36 @@ def swap(module: nn.Module, spec: str) -> None:
     """Give a module its declaring class; ``restore`` takes it away again."""
     module.__dict__[SPEC] = spec
     module.__class__ = _swapped_class(type(module))
+    _swapped[str(id(module))] = module
     adapters.prepare(module)
+    _adopt_forward(module)
 
 
 def restore(module: nn.Module) -> None:
     """Give a module its original class and drop what ``swap`` left on it."""
     adapters.undo(module)
-    module.__class__ = original_class(module)
+    if FORWARD in module.__dict__:
+        module.__dict__["forward"] = module.__dict__[FORWARD]
+    module.__class__ = _without_swap(type(module))
+    _swapped.pop(str(id(module)), None)
     for name in OWN_ATTRIBUTES:
         module.__dict__.pop(name, None)
     if "mhc" in module._modules:
         del module._modules["mhc"]
+
+
+def _without_swap(cls: type) -> type:
+    """A class as it would be had its module never been transformed.
+
+    What made a class of its own since then (``parametrize``, ``fully_shard``) keeps it.
+    """
+    if "_mhc_original" in cls.__dict__:
+        return cls._mhc_original  # type: ignore[attr-defined]
+    if not hasattr(cls, "_mhc_original"):
+        return cls
+    bases = tuple(_without_swap(base) for base in cls.__bases__)
+    own = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, own)
 
 
 def _swapped_class(original: type[nn.Module]) -> type[nn.Module]:
@@ -80,7 +123,9 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "_mhc_original": original,
-        "forward": _declaring_forward(original.forward),
+        "forward": _declaring_forward(original),
+        "_compiled_call_impl": _checked_call,
+        "_replicate_for_data_parallel": _replicate,
         "compile": _compile,
         "load_state_dict": _load_state_dict,
         "__prepare_scriptable__": _refuse_export,
@@ -93,23 +138,89 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
     return metaclass(original.__name__, (original,), namespace)
 
 
-def _declaring_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+def _declaring_forward(original: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a swapped class, around that of the original class as it is at the call."""
+
+    @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if SPEC not in self.__dict__:  # reverted, but somebody kept this method
+            return original.forward(self, *args, **kwargs)
         if _torch.is_exporting() or torch.jit.is_tracing():
             _refuse_export()
-        if torch.compiler.is_compiling():
-            declare(self.mhc.tensors() if "mhc" in self._modules else [], self._mhc_spec)  # type: ignore[operator,union-attr]
-            return original(self, *args, **kwargs)
+        # Not `is_compiling`, which is true in every thread while one of them compiles.
+        if torch.compiler.is_dynamo_compiling():
+            declare(_declared_tensors(self), self._mhc_spec)
+            return original.forward(self, *args, **kwargs)
         return _call_as_root(self, args, kwargs)
 
     return forward
+
+
+def _adopted_forward(own: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a forward that stands on the instance; copies of the module read their own."""
+
+    @functools.wraps(own, updated=())
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if _torch.is_exporting() or torch.jit.is_tracing():
+            _refuse_export()
+        if torch.compiler.is_dynamo_compiling():
+            declare(_declared_tensors(self), self._mhc_spec)
+            return self._mhc_forward(*args, **kwargs)  # type: ignore[operator]
+        return _call_as_root(self, args, kwargs)
+
+    return forward
+
+
+def _declared_tensors(module: nn.Module) -> list[nn.Parameter]:
+    """The mHC parameters of a module; past a ``__getattr__`` of its class (traced by Dynamo)."""
+    own = module._modules
+    return own["mhc"].tensors() if "mhc" in own else []  # type: ignore[operator,union-attr]
+
+
+def _adopt_forward(module: nn.Module) -> bool:
+    """Let a forward that stands on the instance declare; whether there is a new one."""
+    own = module.__dict__.get("forward")
+    if own is None or getattr(own, "__code__", None) is _ADOPTED:
+        return False
+    module.__dict__[FORWARD] = own
+    module.__dict__["forward"] = types.MethodType(_adopted_forward(own), module)
+    return True
+
+
+def _checked_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What ``nn.Module.__call__`` runs first, in the place of a compiled call.
+
+    ``model.forward = f`` would otherwise take this library out of the call altogether.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        _adopt_forward(self)
+        _require_own_forward(type(self))
+    return self._call_impl(*args, **kwargs)
+
+
+def _require_own_forward(cls: type[nn.Module]) -> None:
+    owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
+    if getattr(owner.__dict__["forward"], "__code__", None) is not _DECLARING:
+        original = cls._mhc_original  # type: ignore[attr-defined]
+        raise UnsupportedError(
+            f"forward was replaced on the class that transform gave to {original.__name__}, and no "
+            f"longer says which sites it has. Replace it on the class that you wrote "
+            f"({original.__module__}.{original.__qualname__}.forward = ...), on the instance "
+            "(model.forward = ...), or before mhc_compile.transform."
+        )
+
+
+# Every such function shares its code; marks on a function are copied by functools.wraps.
+_DECLARING = _declaring_forward(nn.Module).__code__
+_ADOPTED = _adopted_forward(nn.Module.forward).__code__
 
 
 def _call_as_root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Capture and run a call made from outside every capture."""
     if _torch.is_symbolically_traced():
         _refuse_export()
+    if _torch.is_functorch_active():
+        _refuse_functorch(module)
     outer = _root.get()
     if outer is not None:
         raise NotCapturedError(_why_not_captured(module, outer))
@@ -126,14 +237,62 @@ def _call_as_root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         _root.reset(token)
 
 
-def _compiled_call(module: nn.Module) -> Callable[..., Any]:
-    call = module.__dict__.get(CALL)
-    if call is None:
+class _CompiledCall:
+    """The compiled call of one module, and the forwards that it was compiled from.
+
+    A copy of the module, however it was made, has to compile its own.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
         from .backend import eager
 
-        bound = types.MethodType(type(module).forward, module)
-        call = module.__dict__[CALL] = _torch.compile_dynamo(bound, eager)
-    return call
+        self.module, self.forwards = weakref.ref(module), Forwards(module)
+        bound = module.__dict__.get("forward") or types.MethodType(type(module).forward, module)
+        self.call = _torch.compile_dynamo(bound, eager)
+
+    def is_valid_for(self, module: nn.Module) -> bool:
+        return self.module() is module and not self.forwards.changed()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+class Forwards:
+    """Whose forwards a captured graph was made from: see Note [Replaced forwards]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._classes = {c: c.forward for c in {original_class(m) for m in modules}}
+        self._parts = [weakref.ref(m) for m in modules if is_swapped(m)]
+        self._adopt()
+
+    def changed(self) -> bool:
+        """Whether one was replaced since; a new one on an instance is adopted."""
+        return self._adopt() or any(c.forward is not f for c, f in self._classes.items())
+
+    def _adopt(self) -> bool:
+        new = [_adopt_forward(m) for ref in self._parts if (m := ref()) is not None]
+        return any(new)
+
+
+def _compiled_call(module: nn.Module) -> Callable[..., Any]:
+    compiled = module.__dict__.get(CALL)
+    if compiled is None or not compiled.is_valid_for(module):
+        compiled = module.__dict__[CALL] = _CompiledCall(module)
+    return compiled.call
+
+
+def _refuse_functorch(module: nn.Module) -> None:
+    raise UnsupportedError(
+        f"{type(module).__name__} is transformed, and was called under a transform of torch.func "
+        "(grad, vjp, jvp, vmap, jacrev, hessian, ...), under which Dynamo captures nothing. For "
+        "gradients use torch.autograd.grad on the output of "
+        "torch.func.functional_call(model, parameters, args); in place of vmap over samples, give "
+        "the model the whole batch, or loop over it."
+    )
 
 
 @contextmanager
@@ -159,12 +318,19 @@ def _compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         from .backend import check_options
 
         check_options(kwargs.get("options"), Spec.from_json(self.__dict__[SPEC]).config)
+    _adopt_forward(self)
+    _require_own_forward(type(self))
     nn.Module.compile(self, *args, **{**_torch.own_cache(), **kwargs})
-    compiled = self._compiled_call_impl
-    assert compiled is not None
+    compiled, forwards = self.__dict__["_compiled_call_impl"], Forwards(self)
 
     @functools.wraps(compiled)
     def call(*call_args: Any, **call_kwargs: Any) -> Any:
+        _require_own_forward(type(self))
+        if forwards.changed():
+            self.compile(*args, **kwargs)
+            return self.__dict__["_compiled_call_impl"](*call_args, **call_kwargs)
+        if _torch.is_functorch_active():
+            _refuse_functorch(self)
         adapters.before_call(self, call_kwargs)
         try:
             with _torch.dynamo_settings(), _own_errors():
@@ -236,7 +402,8 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     state = self.__getstate__()
     if isinstance(state, dict):
         left_out = (*OWN_ATTRIBUTES, "_compiled_call_impl")
-        state = {k: v for k, v in state.items() if k not in left_out}
+        own = {"forward": state[FORWARD]} if FORWARD in state else {}  # adopted again at the call
+        state = {k: v for k, v in state.items() if k not in left_out} | own
     return _rebuild, (original, self.__dict__[SPEC]), state
 
 
@@ -244,7 +411,17 @@ def _rebuild(original: type[nn.Module], spec: str) -> nn.Module:
     module = original.__new__(original)
     module.__dict__[SPEC] = spec
     module.__class__ = _swapped_class(original)
+    _swapped[str(id(module))] = module
     return module
+
+
+def _replicate(self: nn.Module) -> nn.Module:
+    """``DataParallel`` makes its replicas by copying the attributes."""
+    replica: nn.Module = original_class(self)._replicate_for_data_parallel(self)
+    _swapped[str(id(replica))] = replica
+    if FORWARD in replica.__dict__:
+        replica.__dict__["forward"] = replica.__dict__.pop(FORWARD)
+    return replica
 
 
 def _deepcopy_graph_module(self: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:

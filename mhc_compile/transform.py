@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from .capture import GRAPH_NUMBER, CapturedGraph, as_call, capture, first_break,
 from .config import Config
 from .connection import Connection, Connections, Head, StreamParameters
 from .declare import DeclaredSite, Spec
+from .guard import witnesses
 from .passes.context import Context, Options
 from .passes.dataflow import DataFlow
 from .passes.errors import (
@@ -29,7 +30,7 @@ from .passes.errors import (
 from .passes.pipeline import EXAMINE
 from .passes.recognize import write_backs
 from .passes.runner import run_pipeline
-from .passes.sites import Detection, Site, location_of, stack_of
+from .passes.sites import Detection, Site, identity_of, location_of, stack_of
 from .pending import is_pending, postpone, refuse_pending, withdraw
 
 __all__ = ["examine", "parameters", "revert", "transform"]
@@ -83,7 +84,7 @@ def transform(
     if call is None:
         return postpone(model, config)
     try:
-        gm, context, graphs = examine(model, *call, config)
+        gm, inputs, context, graphs = examine(model, *call, config)
     except ExampleInputsError:
         if given is not None:
             raise
@@ -94,7 +95,7 @@ def transform(
     _check_unbroken(model, gm, detection, graphs, call)
     if not detection.sites or all(s.excluded for s in detection.sites):
         raise NoSitesError(_no_sites(model, gm, detection))
-    attach(model, gm, detection, config)
+    attach(model, gm, inputs, detection, config)
     return model
 
 
@@ -162,13 +163,13 @@ def infer_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | N
 
 def examine(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: Config
-) -> tuple[fx.GraphModule, Context, list[CapturedGraph]]:
+) -> tuple[fx.GraphModule, list[Any], Context, list[CapturedGraph]]:
     """Capture one call of a plain model and detect its sites; the model is not changed."""
     graphs = capture(model, args, kwargs)
     gm, inputs = merge(graphs)
     context = context_of(gm, inputs, model, config)
     gm, _ = run_pipeline(gm, context, EXAMINE)
-    return gm, context, graphs
+    return gm, inputs, context, graphs
 
 
 def context_of(gm: fx.GraphModule, inputs: list[Any], model: nn.Module, config: Config) -> Context:
@@ -177,9 +178,22 @@ def context_of(gm: fx.GraphModule, inputs: list[Any], model: nn.Module, config: 
     trainable = {
         p.name for p, v in zip(placeholders, inputs, strict=True) if isinstance(v, nn.Parameter)
     }
-    owners = {str(id(m)): name for name, m in model.named_modules() if m is not model}
-    owners[str(id(model))] = ""
-    return Context(options_of(config), trainable=frozenset(trainable), owners=owners)
+    return Context(options_of(config), trainable=frozenset(trainable), owners=owners_in(model))
+
+
+def owners_in(*models: nn.Module) -> dict[str, tuple[str, ...]]:
+    """From the identity of each module of the models to its paths, for ``Context.owners``.
+
+    A module of several models has the paths of the first.
+    """
+    owners: dict[str, tuple[str, ...]] = {}
+    for model in models:
+        paths: dict[str, list[str]] = {str(id(model)): [""]}
+        for path, module in model.named_modules(remove_duplicate=False):
+            if module is not model:
+                paths.setdefault(str(id(module)), []).append(path)
+        owners = {identity: tuple(known) for identity, known in paths.items()} | owners
+    return owners
 
 
 def _refuse_own_connections(model: nn.Module, gm: fx.GraphModule, detection: Detection) -> None:
@@ -287,9 +301,17 @@ class _Plan:
 
 
 def attach(
-    model: nn.Module, gm: fx.GraphModule, detection: Detection, config: Config
+    model: nn.Module,
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    detection: Detection,
+    config: Config,
 ) -> dict[Site, list[nn.Parameter]]:
     """Make the parameters of every site and swap the classes; all of it or nothing.
+
+    Args:
+        gm: the examined graph, on which ``detection`` was made.
+        inputs: the values of its placeholders.
 
     Returns:
         The parameters of each site, in the order in which they are declared.
@@ -297,10 +319,13 @@ def attach(
     plans = _plan(model, gm, detection)
     last = {chain[-1] for chain in detection.chains}
     containers, made = _make_parameters(plans, last, config)
-    changed: list[nn.Module] = []
+    for site, witness in witnesses(model, gm.graph, inputs, detection).items():
+        if not site.excluded:
+            containers[site.owner][site.branch_name].witness = witness  # type: ignore[assignment]
+    modules, changed = dict(model.named_modules()), list[nn.Module]()
     try:
         for path, plan in plans.items():
-            module = model.get_submodule(path)
+            module = modules[path]
             changed.append(module)
             if path in containers:
                 module.add_module("mhc", containers[path].train(module.training))
@@ -317,7 +342,7 @@ def _plan(model: nn.Module, gm: fx.GraphModule, detection: Detection) -> dict[st
     plans: dict[str, _Plan] = {}
     for site in detection.sites:
         plans.setdefault(site.owner, _Plan([], [])).sites.append(site)
-    called = _called(model, gm)
+    modules, called = dict(model.named_modules()), _called(model, gm)
     for chain in detection.chains:
         home = _common_path([s.owner.split(".") for s in chain])
         while home and ".".join(home) not in called:
@@ -327,10 +352,10 @@ def _plan(model: nn.Module, gm: fx.GraphModule, detection: Detection) -> dict[st
         parts = path.split(".")
         for depth in range(len(parts)):
             ancestor = ".".join(parts[:depth])
-            if _has_forward(model.get_submodule(ancestor)):
+            if _has_forward(modules[ancestor]):
                 plans.setdefault(ancestor, _Plan([], []))
     for path in plans:
-        if "mhc" in dir(model.get_submodule(path)):
+        if "mhc" in dir(modules[path]):
             raise MhcError(
                 f"module '{path or type(model).__name__}' has an attribute 'mhc' of its own, the "
                 "name under which mHC parameters are kept; rename it"
@@ -348,7 +373,7 @@ def _common_path(paths: list[list[str]]) -> list[str]:
 def _called(model: nn.Module, gm: fx.GraphModule) -> set[str]:
     """Paths of the modules whose forward ran in a graph (``""``, the root, always did)."""
     paths = {str(id(m)): name for name, m in model.named_modules()}
-    keys = {key.split("@")[0] for n in gm.graph.nodes for key, _ in stack_of(n)}
+    keys = {identity_of(key) for n in gm.graph.nodes for key, _ in stack_of(n)}
     return {paths[k] for k in keys if k in paths} | {""}
 
 

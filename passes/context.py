@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,8 @@ class Context:
     Attributes:
         options: what to build.
         trainable: placeholders that are ``nn.Parameter`` (learned weights).
-        owners: from a module's identity to its path in the model; empty when unknown.
+        owners: from the identity of each registered module of the model to its paths, the first
+            of them the one to show; empty when unknown. Only these modules can own sites.
         declarations: from the identity of an owner (its ``nn_module_stack`` key without the
             count of calls) to what it declares; ``None`` while a model is examined for the
             first time and every site found is taken.
@@ -80,7 +82,7 @@ class Context:
 
     options: Options
     trainable: frozenset[str] = frozenset()
-    owners: dict[str, str] = field(default_factory=dict)
+    owners: Mapping[str, Sequence[str]] = field(default_factory=dict)
     declarations: dict[str, list[Declaration]] | None = None
     homes: frozenset[int] = frozenset()
     broken_at: str | None = None

@@ -39,7 +39,15 @@ from .context import Context, Declaration, PassResult
 from .dataflow import DataFlow, is_mutation
 from .errors import ChainBrokenError, UnsupportedError
 from .operators import Kind, is_float_tensor, kind_of, op_name, same_shape, shape_of, value_of
-from .sites import Detection, Reason, Rejected, Site, location_of, stack_of
+from .sites import (
+    Detection,
+    Reason,
+    Rejected,
+    Site,
+    identity_of,
+    location_of,
+    stack_of,
+)
 from .streamwise import is_linear, streamwise_operands
 
 __all__ = ["detect"]
@@ -334,7 +342,7 @@ class _Detector:
                 key, path = self._owner_of(node)
                 region = self.flow.region(site.x, site.branch)
                 branch = self._branch_name(key, path, region)
-                owner_id = key.split("@")[0]
+                owner_id = identity_of(key)
                 number = seen.get((owner_id, branch), 0)
                 seen[owner_id, branch] = number + 1
                 name = branch if number == 0 else f"{branch}_{number}"
@@ -353,20 +361,44 @@ class _Detector:
     def _owner_of(self, node: fx.Node) -> tuple[str, str]:
         """(stack key, path) of the innermost module call that can own parameters."""
         known = self.context.owners
-        first_time = self.context.declarations is None
-        for key, path in reversed(stack_of(node)):
-            identity = key.split("@")[0]
-            # Calls of traced graphs are named, not numbered; "[": a module in a plain list.
-            if not identity.isdecimal() or "[" in path or (first_time and identity not in known):
-                continue
-            return key, known.get(identity, path)
+        for key, _ in reversed(stack_of(node)):
+            if paths := known.get(identity_of(key)):
+                return key, paths[0]
         return "", ""
+
+    def _child_within(self, node: fx.Node, owner_key: str) -> str:
+        """Name of the module called directly by the owner's forward, "" if there is none."""
+        calls = stack_of(node)
+        keys = ["", *(key for key, _ in calls)]  # "": the root of the capture
+        if owner_key not in keys or keys.index(owner_key) == len(calls):
+            return ""
+        position = keys.index(owner_key)
+        key, text = calls[position]
+        name = self._held_as(identity_of(owner_key), identity_of(key))
+        if name is None:  # not registered with its owner: as the code calls it
+            prefix = f"{calls[position - 1][1]}." if position else ""
+            name = text[len(prefix) :] if text.startswith(prefix) else text.rsplit(".", 1)[-1]
+        return name.replace(".", "_").replace("[", "_").replace("]", "").replace("'", "")
+
+    def _held_as(self, owner: str, child: str) -> str | None:
+        """The path of a module within another one, however the code reaches it."""
+        known = self.context.owners
+        above = [f"{path}." if path else "" for path in known.get(owner, ("",))]
+        return next(
+            (
+                path[len(prefix) :]
+                for path in known.get(child, ())
+                for prefix in above
+                if path.startswith(prefix)
+            ),
+            None,
+        )
 
     def _branch_name(self, key: str, owner: str, region: set[fx.Node]) -> str:
         ordered = sorted(region, key=self.flow.index.__getitem__)
         mixing = [n for n in ordered if kind_of(n) is Kind.MIXING]
         for node in mixing:
-            child = _child_within(node, key)
+            child = self._child_within(node, key)
             if child:
                 return child
         for node in mixing:
@@ -412,7 +444,7 @@ class _Detector:
 
     def _declaration_of(self, site: Site) -> Declaration | None:
         declarations = self.context.declarations or {}
-        declared = declarations.get(site.owner_key.split("@")[0], ())
+        declared = declarations.get(identity_of(site.owner_key), ())
         return next((d for d in declared if d.name == site.branch_name), None)
 
     def _relink(self) -> None:
@@ -493,7 +525,7 @@ class _Detector:
     def _check_declared(self, chains: list[list[Site]]) -> None:
         if self.context.declarations is None:
             return
-        found = {(s.owner_key.split("@")[0], s.branch_name) for s in self.sites.values()}
+        found = {(identity_of(s.owner_key), s.branch_name) for s in self.sites.values()}
         missing = [
             (owner, entry)
             for owner, declared in self.context.declarations.items()
@@ -509,14 +541,14 @@ class _Detector:
     def _branches_run(self) -> set[tuple[str, str]]:
         """Owner and name of every branch of which the graph computes something."""
         return {
-            (key.split("@")[0], _child_within(node, key))
+            (identity_of(key), self._child_within(node, key))
             for node in self.flow.order
             if kind_of(node) is Kind.MIXING
             for key in ("", *(key for key, _ in stack_of(node)))  # "": the root of the capture
         }
 
     def _lost_site(self, owner: str, entry: Declaration) -> str:
-        where = self.context.owners.get(owner, "")
+        where = next(iter(self.context.owners.get(owner, ())), "")
         broken = self.context.broken_at
         cause = (
             f"The capture was broken at {broken}; remove that graph break "
@@ -609,24 +641,6 @@ def _is_constant(node: fx.Node) -> bool:
     name = op_name(node)
     created = name in ("zeros", "ones", "full", "empty", "zeros_like", "new_zeros", "new_ones")
     return created or name == "new_full"
-
-
-def _child_within(node: fx.Node, owner_key: str) -> str:
-    """Path of the module called directly by the owner's forward, relative to the owner."""
-    calls = stack_of(node)
-    keys = [key for key, _ in calls]
-    if owner_key in keys:
-        position = keys.index(owner_key)
-        if position + 1 == len(calls):
-            return ""
-        owner, child = calls[position][1], calls[position + 1][1]
-    elif owner_key == "" and calls:
-        owner, child = "", calls[0][1]
-    else:
-        return ""
-    prefix = f"{owner}." if owner else ""
-    child = child[len(prefix) :] if child.startswith(prefix) else child.rsplit(".", 1)[-1]
-    return child.replace(".", "_").replace("[", "_").replace("]", "").replace("'", "")
 
 
 def _last_name(placeholder: fx.Node) -> str:

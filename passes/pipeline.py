@@ -17,7 +17,7 @@ from .recognize import recognize
 from .runner import Pass
 from .widen import branch_input, widen
 
-__all__ = ["EXAMINE", "OWN", "PARTITIONED", "PIPELINE"]
+__all__ = ["EXAMINE", "OWN", "PARTITIONED", "PIPELINE", "REQUIRED"]
 
 
 def _bodies_are_inlined(gm: fx.GraphModule, context: Context) -> list[str]:
@@ -52,6 +52,9 @@ PIPELINE = (
     Pass("hoist_views", hoist_views),
     Pass("lower", lower),
 )
+
+# Without these a transformed model would run its plain residuals: they cannot be disabled.
+REQUIRED = ("detect", "widen")
 
 # On a model that has hyper-connections of its own: nothing is added to it.
 OWN = tuple(step for step in PIPELINE if step.name not in ("detect", "widen"))

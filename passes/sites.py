@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-__all__ = ["Detection", "Reason", "Rejected", "Site", "location_of", "stack_of"]
+__all__ = ["Detection", "Reason", "Rejected", "Site", "identity_of", "location_of", "stack_of"]
 
 
 class Reason(enum.StrEnum):
@@ -138,10 +138,20 @@ _GETATTR = re.compile(r"getattr\((.+?), ['\"]([^'\"]+)['\"]\)")
 _ROOT = re.compile(r"^[LG]\['[^']*'\]\.?")
 
 
+def identity_of(key: str) -> str:
+    """The module that a key of ``nn_module_stack`` stands for: its ``id``, without ``@`` the call.
+
+    Calls inside a traced ``GraphModule`` have names in place of ids, which no module answers to.
+    """
+    return key.split("@")[0]
+
+
 def stack_of(node: fx.Node) -> list[tuple[str, str]]:
     """The module calls around a node, outermost first: (key of the call, path of the module).
 
-    The path is written from the root of the capture: ``L['self'].layers.0`` -> ``layers.0``.
+    The path is written from the root of the capture: ``L['self'].layers.0`` -> ``layers.0``. It is
+    for people to read, and has many shapes (``L['args'][0].layers.0`` behind a decorator): which
+    module a call belongs to is decided by the key, see ``identity_of``.
     """
     stack = node.meta.get("nn_module_stack") or {}
     calls = []

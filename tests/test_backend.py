@@ -17,7 +17,7 @@ from torch import nn
 import mhc_compile
 from mhc_compile import _torch
 from mhc_compile.backend import mhc
-from mhc_compile.passes.pipeline import PIPELINE
+from mhc_compile.passes.pipeline import PIPELINE, REQUIRED
 from mhc_compile.swap import is_swapped
 from tests.models import GPT, WIDTH, ids, pair, relative
 from tests.zoo import checks
@@ -243,26 +243,40 @@ def one_layer() -> nn.Module:
     return GPT(layers=1)
 
 
-@pytest.mark.parametrize("count", range(len(PASSES) + 1))
+@pytest.mark.parametrize("count", range(PASSES.index("widen") + 1, len(PASSES) + 1))
 def test_every_prefix_of_the_pipeline_can_be_run(count):
-    """Without `widen` the graph is the plain model's, with it the transformed one's."""
+    """From `widen` on the graph is the transformed model's; shorter ones are refused below."""
     plain, model = pair(one_layer, disabled=tuple(PASSES[count:]))
     whole = pair(one_layer)[1]
     assert_equal_runs(model, plain, 1e-12)
     for m in (model, whole):
         perturb(m)
-    assert_equal_runs(model, whole if "widen" in PASSES[:count] else plain, 1e-12)
+    assert_equal_runs(model, whole, 1e-12)
+    assert relative(model(ids()), plain(ids())) > 1e-2
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_pass_without_which_residuals_stay_plain_cannot_be_left_out(name, inductor):
+    message = f"{name} cannot be disabled: without it a model would run its plain residuals"
+    with pytest.raises(ValueError, match=message):
+        mhc_compile.Config(disabled=(name,))
+    plain = GPT()
+    plain.compile(backend="mhc", options={"disabled": (name,)})
+    with pytest.raises(ValueError, match=message):
+        plain(ids())
+    assert not inductor and not is_swapped(plain)
+
+
+@pytest.mark.parametrize("name", [name for name in PASSES if name not in REQUIRED])
 def test_every_pass_can_be_left_out(name):
-    """The others make a graph of the same function, unless without this one there are no sites."""
+    """The others make a graph of the same function."""
     plain, model = pair(one_layer, disabled=(name,))
     whole = pair(one_layer)[1]
     assert_equal_runs(model, plain, 1e-12)
     for m in (model, whole):
         perturb(m)
-    assert_equal_runs(model, plain if name in ("detect", "widen") else whole, 1e-12)
+    assert_equal_runs(model, whole, 1e-12)
+    assert relative(model(ids()), plain(ids())) > 1e-2
     (entry,) = (e for e in captured_history(model) if e.name == name)
     assert (entry.changed, list(entry.notes)) == (False, ["disabled"])
 

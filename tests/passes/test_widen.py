@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -332,12 +331,3 @@ def test_the_rewritten_graph_runs_the_last_norm_once() -> None:
     (graph,) = mhc_compile.graphs(model)
     norms = [n for n in graph.after.graph.nodes if "layer_norm" in str(n.target)]
     assert len(norms) == 2 and all(n.meta["example_value"].dim() == 3 for n in norms)
-
-
-def test_disabled_widening_leaves_the_plain_function() -> None:
-    model = Program(plain_pre).double()
-    x = stream().double()
-    expected = copy.deepcopy(model)(x)
-    config = mhc_compile.Config(n=N, disabled=("widen",))
-    mhc_compile.transform(model, example_inputs=(x,), config=config)
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile.passes.operators import op_name
-from mhc_compile.passes.pipeline import PIPELINE
+from mhc_compile.passes.pipeline import PIPELINE, REQUIRED
 from tests.models import GPT, ids
 from tests.zoo.checks import Run, gradient_error, output_error
 from tests.zoo.rewritten import Captured
@@ -22,7 +22,7 @@ OPEN = tuple(NAMES[WIDENED:])
 """Passes without which a graph has the open form that `widen` writes: the meaning of the rest."""
 
 PREFIXES = [tuple(NAMES[count:]) for count in range(WIDENED + 1, len(NAMES) + 1)]
-ALONE = [(name,) for name in NAMES if name not in ("detect", "widen")]
+ALONE = [(name,) for name in NAMES if name not in REQUIRED]
 
 
 def error(actual: Run, truth: Run) -> tuple[float, float]:
