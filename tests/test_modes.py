@@ -52,12 +52,10 @@ def gradients(model: nn.Module, *inputs: Any) -> dict[str, Tensor]:
 
 
 def assert_preserved(
-    plain: nn.Module, model: nn.Module, *inputs: Any, error: float = EXACT
+    plain: nn.Module, model: nn.Module, *inputs: Any, error: float = EXACT, **options: Any
 ) -> None:
-    """Output and gradients of the original parameters are those of the plain model."""
-    assert relative(output(model, *inputs), output(plain, *inputs)) < error
-    expected = gradients(plain, *inputs)
-    assert checks.gradient_error(gradients(model, *inputs), expected) < 100 * error
+    """Preserved at the start, and another function once perturbed, which the model then stays."""
+    checks.assert_transformed(plain, model, inputs, outputs=error, gradients=100 * error, **options)
 
 
 def assert_changed(plain: nn.Module, model: nn.Module, *inputs: Any) -> None:
@@ -103,6 +101,9 @@ def test_every_mode_equals_the_plain_model_with_no_more_graphs():
             assert actual.is_inference() == expected.is_inference()
             assert relative(actual, expected) < EXACT, (training, x.shape)
     assert len(mhc_compile.graphs(model)) <= len(counted)
+    plain.train()
+    model.train()
+    assert_preserved(plain, model, ids())
 
 
 def test_perturbed_every_mode_computes_the_same_function():
@@ -129,6 +130,7 @@ def test_bfloat16_is_no_farther_from_the_truth_than_the_plain_model():
     actual, expected = output(model, ids()), output(plain, ids())
     assert actual.dtype is torch.bfloat16
     assert relative(actual, truth) < 1.5 * relative(expected, truth)
+    assert_preserved(plain, model, ids(), error=5e-2)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
@@ -250,10 +252,9 @@ class Checkpointed(GPT):
 def test_checkpointing_inside_the_model():
     whole = pair(lambda: GPT(dropout=0.2))[1]
     plain, model = pair(lambda: Checkpointed(dropout=0.2))
-    assert_preserved(plain, model, ids())
     whole.load_state_dict(model.state_dict())
-    for m in (whole, model):
-        perturb(m)
+    assert_preserved(plain, model, ids())
+    perturb(whole)
     assert relative(output(model, ids()), output(whole, ids())) < EXACT
     assert checks.gradient_error(gradients(model, ids()), gradients(whole, ids())) < EXACT
 
@@ -331,9 +332,11 @@ def test_hooks_see_one_stream():
     seen: dict[str, list[Tensor]] = {"plain": [], "model": []}
     plain.h[0].register_forward_hook(lambda m, i, o: seen["plain"].append(o))
     model.h[0].register_forward_hook(lambda m, i, o: seen["model"].append(o))
-    assert relative(output(model, ids()), output(plain, ids())) < EXACT
-    assert [len(s) for s in seen.values()] == [1, 1]
-    assert relative(seen["model"][0], seen["plain"][0]) < EXACT
+    assert_preserved(plain, model, ids())
+    assert [len(s) for s in seen.values()] == [1, 2]
+    at_first, perturbed = seen["model"]
+    assert relative(at_first, seen["plain"][0]) < EXACT
+    assert relative(perturbed, seen["plain"][0]) > 1e-3
 
 
 # ------------------------------------------------------------------------------------- which sites
@@ -379,8 +382,6 @@ def test_every_application_of_a_shared_block_has_parameters_of_its_own(make):
     }[make]
     assert sorted(names(model)) == sorted(expected)
     assert_preserved(plain, model, x)
-    perturb(model)
-    assert_changed(plain, model, x)
     truth = output(model, x).detach()
     # Each application uses its own: changing one set changes the result.
     for parameter in [site[2] for site in checks.connections(model).values()]:
@@ -471,7 +472,6 @@ def test_an_excluded_add_stays_plain_on_every_stream(options):
     plain, model = pair(Three, example_inputs=(x,), **options)
     assert sorted(names(model)) == ["a", "c"]
     assert_preserved(plain, model, x)
-    perturb(model)
 
     X = reference.expand(x, 4)
     exact: Any = {"dtype": torch.float64, "compute_dtype": torch.float64}
@@ -496,14 +496,13 @@ def test_an_excluded_add_stays_plain_on_every_stream(options):
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 16])
 def test_any_number_of_streams(n):
     plain, model = pair(n=n)
-    assert_preserved(plain, model, ids())
     if n == 1:
         assert type(model) is GPT
         assert model.state_dict().keys() == plain.state_dict().keys()
+        assert output(model, ids()).equal(output(plain, ids()))
         return
     assert len(names(model)) == 4
-    perturb(model)
-    assert_changed(plain, model, ids())
+    assert_preserved(plain, model, ids())
 
 
 VARIANTS = {
@@ -519,10 +518,16 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_preserves_and_learns(variant):
     plain, model = pair(variant=variant)
-    assert_preserved(plain, model, ids(), error=VARIANTS[variant])
-    perturb(model)
-    assert_changed(plain, model, ids())
-    assert all(p.grad is not None for p in mhc_compile.parameters(model))
+
+    def unseen(site: str, group: str) -> bool:
+        """A matrix whose columns sum to 1 does not change the mean, which is read out at the end.
+
+        20 iterations of Sinkhorn-Knopp leave such a matrix only to rounding.
+        """
+        exact = variant in ("mhc_lite", "kromhc")
+        return exact and site == names(model)[-1] and group.endswith("res")
+
+    assert_preserved(plain, model, ids(), error=VARIANTS[variant], idle=unseen)
 
 
 @pytest.mark.parametrize(("readout", "error"), [("mean", EXACT), ("head", EXACT), ("sum", 1e-3)])
@@ -530,9 +535,7 @@ def test_every_readout_preserves_in_front_of_a_norm(readout, error):
     """`sum` is n times as large: the LayerNorm behind it differs by its eps only."""
     plain, model = pair(readout=readout)
     assert len(names(model)) == 4 + (readout == "head")
-    assert relative(output(model, ids()), output(plain, ids())) < error
-    perturb(model)
-    assert_changed(plain, model, ids())
+    assert_preserved(plain, model, ids(), error=error)
 
 
 def test_paper_init_runs_and_learns():
@@ -565,7 +568,6 @@ def test_parameters_made_at_the_first_call(context):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     assert not any(p.is_inference() for p in model.parameters())
     optimizer.step()
-    perturb(model)
     assert_changed(plain, model, ids())
 
 
@@ -577,7 +579,8 @@ def test_a_model_on_the_meta_device():
         assert all(p.is_meta for p in mhc_compile.parameters(twin))
         assert len(names(twin)) == 4
     twin = twin.to_empty(device="cpu")
-    early = pair(dtype=torch.float32)[1]
+    plain, early = pair(dtype=torch.float32)
+    assert_preserved(plain, early, ids(), error=1e-5)
     twin.load_state_dict(early.state_dict())
     assert output(twin, ids()).equal(output(early, ids()))
 
@@ -614,11 +617,12 @@ def test_transform_changes_neither_state_nor_random_numbers():
     assert (model.calls, model.last, model.seen, model.by_shape) == (0, None, [], {})
     assert not hasattr(model, "fresh")
     assert all(model.state_dict()[k].equal(v) for k, v in before.items())
-    twin = Remembering().double()
-    twin.load_state_dict(before)
+    plain = Remembering().double()
+    plain.load_state_dict(before)
     for _ in range(2):
-        assert relative(output(model, ids()), output(twin, ids())) < EXACT
+        assert relative(output(model, ids()), output(plain, ids())) < EXACT
     assert (model.calls, len(model.seen), list(model.by_shape)) == (2, 2, [5])
     assert all(
-        relative(model.state_dict()[k].double(), v) < EXACT for k, v in twin.state_dict().items()
+        relative(model.state_dict()[k].double(), v) < EXACT for k, v in plain.state_dict().items()
     )
+    assert_preserved(plain, model, ids())

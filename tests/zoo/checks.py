@@ -1,15 +1,25 @@
-"""Running a model and comparing two runs; used by the tests and by benchmarks/zoo.py."""
+"""Running a model, comparing two runs, and the one comparison with the plain model that counts.
+
+Used by the tests and by benchmarks/zoo.py.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+import mhc_compile
+from mhc_compile.connection import Connection, StreamParameters
+
+Inputs = Mapping[str, Any] | tuple[Any, ...]
+"""The keyword arguments, or the positional ones, of a call."""
 
 LEAVES, PARTS = ("phi", "alpha", "bias"), ("pre", "post", "res")
 GROUPS = tuple(f"{leaf}_{part}" for leaf in LEAVES for part in PARTS)
@@ -44,12 +54,29 @@ def gradients_of(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return {k: torch.zeros_like(p) if p.grad is None else p.grad.clone() for k, p in parameters}
 
 
-def run(model: nn.Module, inputs: Mapping[str, Tensor], seed: int = 0) -> Run:
-    """Forward and backward of `loss_of` from the given random state."""
-    model.zero_grad(set_to_none=True)
+def outputs_of(model: Callable[..., Any], inputs: Inputs, seed: int = 0) -> list[Tensor]:
+    """The outputs of a call from the given random state, with their graph."""
     torch.manual_seed(seed)
-    outputs = tensors(model(**inputs))
-    loss_of(outputs).backward()
+    keywords = isinstance(inputs, Mapping)
+    return tensors(model(**inputs) if keywords else model(*inputs))
+
+
+def run(
+    model: nn.Module,
+    inputs: Inputs,
+    seed: int = 0,
+    called: Callable[..., Any] | None = None,
+) -> Run:
+    """Forward and backward of `loss_of` from the given random state.
+
+    Args:
+        called: what is called in the model's place, such as a compiled or wrapped model.
+    """
+    model.zero_grad(set_to_none=True)
+    outputs = outputs_of(called or model, inputs, seed)
+    loss = loss_of(outputs)
+    if loss.requires_grad:  # a model without mHC parameters may be frozen
+        loss.backward()
     return Run(
         [o.detach().clone() for o in outputs],
         gradients_of(model.named_parameters()),
@@ -103,23 +130,41 @@ def connections(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter,
     return {name: (p["phi"], p["alpha"], p["bias"]) for name, p in found.items()}
 
 
-def split_groups(phi: Tensor, alpha: Tensor, bias: Tensor, n: int) -> dict[str, Tensor]:
-    """The nine groups of a site's parameters (or of their gradients), by name."""
-    sizes = [n, n, n * n]
+def split_groups(phi: Tensor, alpha: Tensor, bias: Tensor, sizes: list[int]) -> dict[str, Tensor]:
+    """The nine groups of a site's parameters (or of their gradients), by name.
+
+    Args:
+        sizes: how many columns of phi belong to pre, post and res.
+    """
     parts = (*phi.split(sizes, dim=-1), *alpha, *bias.split(sizes))
     return dict(zip(GROUPS, parts, strict=True))
 
 
-def gradient_norms(model: nn.Module, n: int) -> dict[str, dict[str, float]]:
+def groups_of(module: StreamParameters) -> dict[str, Tensor]:
+    """The gradients of the parameters of a site by group, of a readout by leaf."""
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in module.parameters()]
+    if not isinstance(module, Connection):
+        return dict(zip(LEAVES, gradients, strict=True))
+    columns = module.config.variant_object.columns(module.config.n)
+    groups = split_groups(*gradients, list(columns))
+    # A part without numbers, as H_res of the variant `identity`, has nothing to learn.
+    without = {part for part, size in zip(PARTS, columns, strict=True) if size == 0}
+    return {name: g for name, g in groups.items() if name.rpartition("_")[2] not in without}
+
+
+def gradient_norms(model: nn.Module) -> dict[str, dict[str, float]]:
     """Norm of the gradient of every group of every site, relative to the largest of the model."""
+    modules = {
+        name.replace("mhc.", "", 1) if name.startswith("mhc.") else name.replace(".mhc.", "."): m
+        for name, m in model.named_modules()
+        if isinstance(m, StreamParameters)
+    }
     norms = {
-        name: {
-            group: 0.0 if g is None else g.norm().item()
-            for group, g in split_groups(*(p.grad for p in site), n).items()
-        }
-        for name, site in connections(model).items()
+        name: {group: g.double().norm().item() for group, g in groups_of(module).items()}
+        for name, module in modules.items()
     }
     largest = max(norm for groups in norms.values() for norm in groups.values())
+    assert largest > 0, "no mHC parameter has a gradient"
     return {name: {k: v / largest for k, v in groups.items()} for name, groups in norms.items()}
 
 
@@ -132,6 +177,100 @@ def perturb(model: nn.Module, sigma: float = 0.5) -> None:
             p += sigma * torch.randn(p.shape, dtype=torch.float64, generator=generator).to(p.dtype)
 
 
+@contextmanager
+def parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Gives the mHC parameters their values back."""
+    before = [(p, p.detach().clone()) for p in mhc_compile.parameters(model)]
+    yield
+    with torch.no_grad():
+        for parameter, value in before:
+            parameter.copy_(value)
+
+
 def spread(X: Tensor) -> float:
     """How far the streams `X [..., n, C]` are from their mean, relative to their size."""
     return ((X - X.mean(-2, keepdim=True)).norm() / X.norm()).item()
+
+
+# ------------------------------------------------------------------- comparing with the plain model
+
+
+def assert_same(actual: Run, expected: Run, outputs: float, gradients: float) -> None:
+    """Outputs, gradients of all parameters in `expected` and buffers (BatchNorm's) agree."""
+    assert output_error(actual.outputs, expected.outputs) <= outputs
+    if any(g.any() for g in expected.gradients.values()):  # not all parameters are frozen
+        assert gradient_error(actual.gradients, expected.gradients) <= gradients
+    for name, buffer in expected.buffers.items():
+        torch.testing.assert_close(
+            actual.buffers[name], buffer, rtol=10 * outputs, atol=10 * outputs
+        )
+
+
+def firsts(model: nn.Module) -> set[str]:
+    """Names of the sites at which a chain begins, from the graph that was captured last."""
+    return {s.name for s in mhc_compile.graphs(model)[-1].sites if s.previous is None}
+
+
+def assert_learning(model: nn.Module, idle: Callable[[str, str], bool]) -> None:
+    """Every group of every site has a gradient, except those that `idle(site, group)` names.
+
+    Those have none, which only float64 can tell from rounding.
+    """
+    exact = all(p.dtype is torch.float64 for p in model.parameters())
+    for name, norms in gradient_norms(model).items():
+        for group, norm in norms.items():
+            if idle(name, group):
+                assert norm <= NEGLIGIBLE or not exact, (name, group, norm)
+            else:
+                assert norm > NEGLIGIBLE, (name, group, norm)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The runs of one comparison: the plain model, the transformed one at first, and perturbed."""
+
+    plain: Run
+    start: Run
+    perturbed: Run
+
+
+def assert_transformed(
+    plain: nn.Module,
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    outputs: float = 1e-12,
+    gradients: float = 1e-10,
+    moves: float = 1e-3,
+    idle: Callable[[str, str], bool] = lambda site, group: False,
+    called: Callable[..., Any] | None = None,
+) -> Compared:
+    """The model computes what the plain one does, and would not if its sites were not there.
+
+    Equality at the start proves little: it also holds for a model whose sites are in no graph. So
+    all mHC parameters are perturbed (they stay so: see `parameters_kept`), and then the output must
+    differ and a gradient reach every group of every site, but H_res of a chain's first site, where
+    all streams are equal.
+
+    Args:
+        plain: the model before it was transformed.
+        model: a transformed copy with its parameters as they were made.
+        inputs: arguments of a call.
+        outputs, gradients: how far outputs and gradients of the plain model's parameters may be
+            apart, relative to their norm.
+        moves: how far the output must move.
+        idle: further groups without a gradient, `idle(site, group)`; say why.
+        called: what is called in the place of `model`, such as a compiled or wrapped model.
+    """
+    expected = run(plain, inputs)
+    start = run(model, inputs, called=called)
+    assert_same(start, expected, outputs, gradients)
+
+    perturb(model)
+    perturbed = run(model, inputs, called=called)
+    assert output_error(perturbed.outputs, expected.outputs) > moves
+    first = firsts(model)
+    assert_learning(
+        model, lambda site, group: (site in first and group.endswith("res")) or idle(site, group)
+    )
+    return Compared(expected, start, perturbed)

@@ -7,7 +7,7 @@ five models must equal `truth.py`.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -53,25 +53,6 @@ def chains_of(model: nn.Module) -> list[list[str]]:
     return list(chains.values())
 
 
-def assert_equal(
-    actual: checks.Run, expected: checks.Run, output_error: float, gradient_error: float
-) -> None:
-    """Outputs, gradients of all original parameters and buffers (BatchNorm's) agree."""
-    assert checks.output_error(actual.outputs, expected.outputs) <= output_error
-    assert checks.gradient_error(actual.gradients, expected.gradients) <= gradient_error
-    for name, buffer in expected.buffers.items():
-        torch.testing.assert_close(
-            actual.buffers[name], buffer, rtol=10 * output_error, atol=10 * output_error
-        )
-
-
-def assert_learning(model: nn.Module, idle: Callable[[str, str], bool]) -> None:
-    """Every group of every site has a gradient, except those that `idle(site, group)` names."""
-    for name, norms in checks.gradient_norms(model, N).items():
-        for group, norm in norms.items():
-            assert (norm <= checks.NEGLIGIBLE) == idle(name, group), (name, group, norm)
-
-
 def step(model: nn.Module, rate: float = 1e-2) -> None:
     """One AdamW step on the mHC parameters with the gradients they have."""
     parameters = list(mhc_compile.parameters(model))
@@ -81,19 +62,21 @@ def step(model: nn.Module, rate: float = 1e-2) -> None:
 @pytest.mark.parametrize("entry", every(3), ids=lambda entry: entry.name)
 def test_equals_plain_model_in_float32(entry: Model) -> None:
     plain, model = plain_and_transformed(entry, torch.float32)
-    inputs = entry.example()
-    expected = checks.run(plain, inputs)
-    assert_equal(checks.run(model, inputs), expected, entry.output_error, entry.gradient_error)
+    checks.assert_transformed(
+        plain, model, entry.example(), outputs=entry.output_error, gradients=entry.gradient_error
+    )
 
 
 @zoo
 def test_equals_plain_model_in_float64_and_every_group_learns(entry: Model) -> None:
     plain, model = plain_and_transformed(entry, torch.float64)
     inputs = entry.example(torch.float64)
-    expected = checks.run(plain, inputs)
 
-    # At initialisation.
-    assert_equal(checks.run(model, inputs), expected, 1e-12, 1e-10)
+    # At initialisation, and far from it.
+    with checks.parameters_kept(model):
+        compared = checks.assert_transformed(plain, model, inputs)
+        if entry.name in TRUTHS:
+            assert_equals_truth(entry, model, compared.perturbed)
     chains = chains_of(model)
     assert len(chains) == entry.chains
     assert sorted(name for chain in chains for name in chain) == sorted(checks.connections(model))
@@ -104,7 +87,8 @@ def test_equals_plain_model_in_float64_and_every_group_learns(entry: Model) -> N
         return group.endswith("res") and site in firsts
 
     # phi = 0 leaves alpha without a gradient, and streams are equal throughout non-linear chains.
-    assert_learning(
+    checks.run(model, inputs)
+    checks.assert_learning(
         model,
         lambda site, group: (
             group.startswith("alpha")
@@ -116,20 +100,12 @@ def test_equals_plain_model_in_float64_and_every_group_learns(entry: Model) -> N
     # One step later the streams have parted everywhere, and alpha follows where phi has moved.
     step(model)
     checks.run(model, inputs)
-    assert_learning(
+    checks.assert_learning(
         model,
         lambda site, group: (
             equal_streams(site, group) or (group == "alpha_res" and not entry.linear)
         ),
     )
-
-    # Far from initialisation.
-    checks.perturb(model)
-    perturbed = checks.run(model, inputs)
-    assert checks.output_error(perturbed.outputs, expected.outputs) > 1e-3
-    assert_learning(model, equal_streams)
-    if entry.name in TRUTHS:
-        assert_equals_truth(entry, model, perturbed)
 
 
 def assert_equals_truth(entry: Model, model: nn.Module, actual: checks.Run) -> None:
@@ -210,12 +186,15 @@ def test_layers_skipped_by_a_flag_keep_their_names() -> None:
     keys = set(model.state_dict())
     everything = (True, True, True)
     for active in (everything, (True, False, True), (False, True, False), everything):
-        expected = checks.run(plain, {**inputs, "active": active})
-        actual = checks.run(model, {**inputs, "active": active})
-        assert_equal(actual, expected, 1e-12, 1e-10)
+        call = {**inputs, "active": active}
+        skipped = {str(i) for i, runs in enumerate(active) if not runs}
+
+        def is_skipped(site: str, group: str, skipped: set[str] = skipped) -> bool:
+            return site.split(".")[1] in skipped
+
+        with checks.parameters_kept(model):
+            checks.assert_transformed(plain, model, call, idle=is_skipped)
         assert set(model.state_dict()) == keys
-        learning = {k.split(".")[1] for k, g in actual.gradients.items() if "mhc" in k and g.any()}
-        assert learning == {str(i) for i, runs in enumerate(active) if runs}
 
 
 class TwoLayers(nn.Module):
