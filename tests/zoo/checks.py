@@ -73,7 +73,7 @@ def run(
         called: what is called in the model's place, such as a compiled or wrapped model.
     """
     model.zero_grad(set_to_none=True)
-    outputs = outputs_of(called or model, inputs, seed)
+    outputs = outputs_of(model if called is None else called, inputs, seed)
     loss = loss_of(outputs)
     if loss.requires_grad:  # a model without mHC parameters may be frozen
         loss.backward()
@@ -207,8 +207,12 @@ def assert_same(actual: Run, expected: Run, outputs: float, gradients: float) ->
 
 
 def firsts(model: nn.Module) -> set[str]:
-    """Names of the sites at which a chain begins, from the graph that was captured last."""
-    return {s.name for s in mhc_compile.graphs(model)[-1].sites if s.previous is None}
+    """Names of the sites at which a chain begins, from the graph that was captured last.
+
+    A graph names them from the module that was called, which a wrapper may hold.
+    """
+    first = {s.name for s in mhc_compile.graphs(model)[-1].sites if s.previous is None}
+    return {n for n in connections(model) if any(n == f or n.endswith(f".{f}") for f in first)}
 
 
 def assert_learning(model: nn.Module, idle: Callable[[str, str], bool]) -> None:
