@@ -1,5 +1,6 @@
 """mhc_compile: turn any residual PyTorch model into an mHC model (arXiv:2512.24880)."""
 
+from .check import Check, check
 from .config import Config
 from .explain import Explanation, explain
 from .history import RewrittenGraph, graphs
@@ -9,11 +10,13 @@ from .persistence import load, save
 from .transform import parameters, revert, transform
 
 __all__ = [
+    "Check",
     "Config",
     "Explanation",
     "MhcError",
     "Reason",
     "RewrittenGraph",
+    "check",
     "explain",
     "graphs",
     "load",

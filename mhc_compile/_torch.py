@@ -72,6 +72,7 @@ __all__ = [
     "pytree",
     "register_effectful",
     "trace_artifact",
+    "unwrapped",
     "user_frame",
     "uuid_of",
 ]
@@ -248,6 +249,14 @@ def innermost_module() -> torch.nn.Module | None:
             return module
         frame = frame.f_back
     return None
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The module inside of torch's wrappers for compilation and for data parallelism."""
+    wrappers = torch.nn.parallel.DistributedDataParallel, torch.nn.parallel.DataParallel
+    while isinstance(model, (torch._dynamo.OptimizedModule, *wrappers)):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod
+    return model
 
 
 def is_functorch_active() -> bool:

@@ -34,7 +34,7 @@ from .connection import StreamParameters
 from .declare import Spec, declare
 from .passes.errors import CheckpointError, MhcError, NotCapturedError, UnsupportedError
 
-__all__ = ["calling_root", "find", "is_swapped", "original_class", "restore", "swap"]
+__all__ = ["calling_root", "find", "is_swapped", "original_class", "plainly", "restore", "swap"]
 
 SPEC = "_mhc_spec"
 CALL = "_mhc_call"
@@ -89,6 +89,33 @@ def restore(module: nn.Module) -> None:
         module.__dict__.pop(name, None)
     if "mhc" in module._modules:
         del module._modules["mhc"]
+
+
+@contextmanager
+def plainly(model: nn.Module) -> Iterator[None]:
+    """Let a transformed model run with its plain residuals: nothing of this library takes part."""
+    kept = [(m, m.__class__, dict(m.__dict__), dict(m._modules)) for m in _swapped_in(model)]
+    try:
+        for module, cls, attributes, _ in kept:
+            if FORWARD in attributes:
+                module.__dict__["forward"] = attributes[FORWARD]
+            module.__dict__.pop("_compiled_call_impl", None)
+            module.__class__ = _without_swap(cls)
+            module._modules.pop("mhc", None)  # for a forward that goes through its children
+        yield
+    finally:
+        for module, cls, attributes, children in kept:
+            module.__class__ = cls
+            for name in ("forward", "_compiled_call_impl"):
+                if name in attributes:
+                    module.__dict__[name] = attributes[name]
+            added = {k: m for k, m in module._modules.items() if k not in children}
+            module._modules.clear()
+            module._modules.update({**children, **added})
+
+
+def _swapped_in(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if is_swapped(m)]
 
 
 def _without_swap(cls: type) -> type:

@@ -59,3 +59,7 @@ class CheckpointError(MhcError):
 
 class UnsupportedError(MhcError):
     """A construct that the library does not support (for example torch.export of a model)."""
+
+
+class CheckError(MhcError):
+    """``Check.raise_for_problems``: a transformed model is not as it should be."""

@@ -17,11 +17,8 @@ What a test does is what its function calls, and what functions of `tests/` that
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import pytest
 
 TESTS = Path(__file__).resolve().parent
 ERRORS = {"relative", "error", "output_error", "gradient_error", "gradient_errors", "norm"}

@@ -8,7 +8,6 @@ since 5.24), models inside models, text with images, audio, and the models of ti
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
