@@ -52,6 +52,7 @@ __all__ = [
     "compile_dynamo",
     "compile_inductor",
     "dynamo_settings",
+    "exceptions_met",
     "first_paragraph",
     "graph_breaks",
     "graph_passes",
@@ -167,6 +168,15 @@ def graph_breaks() -> int:
     """How many times Dynamo has broken a graph since it was last reset."""
     counters = torch._dynamo.utils.counters
     return sum(sum(counters.get(kind, {}).values()) for kind in ("graph_break", "unimplemented"))
+
+
+def exceptions_met() -> dict[str, int]:
+    """The exceptions at which Dynamo has given up tracing, as it words them, with their number."""
+    met: dict[str, int] = {}
+    for text, count in torch._dynamo.utils.counters.get("unimplemented", {}).items():
+        if found := re.search(r"raised exception (.*)", text):
+            met[found[1]] = met.get(found[1], 0) + count
+    return met
 
 
 def is_exporting() -> bool:

@@ -7,6 +7,7 @@ model that is called plainly uses it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -136,6 +137,7 @@ def _compile(
         sites, work, lambda: guard.undeclared_in(context.detection), context.broken_at
     )
     _require_synchronisation(work, context, example_inputs)
+    _warn_of_frozen(work, context, example_inputs)
     runner = lower(work, example_inputs, Run(declared, entries))
     history.record(captured, work, entries, context, example_inputs)
     return runner
@@ -220,13 +222,32 @@ def _refuse_constants(gm: fx.GraphModule) -> None:
             )
 
 
-def _require_synchronisation(gm: fx.GraphModule, context: Context, inputs: Sequence[Any]) -> None:
-    """DistributedDataParallel averages the gradients of what it knew when it was made."""
+def _declared_values(gm: fx.GraphModule, context: Context, inputs: Sequence[Any]) -> list[Any]:
+    """The mHC parameters that a graph was given."""
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     values = dict(zip(names, inputs, strict=True))
     declared = [d for group in (context.declarations or {}).values() for d in group]
-    if not all(_torch.is_known_to_ddp(values[p.name]) for d in declared for p in d.parameters):
+    return [values[p.name] for d in declared for p in d.parameters]
+
+
+def _require_synchronisation(gm: fx.GraphModule, context: Context, inputs: Sequence[Any]) -> None:
+    """DistributedDataParallel averages the gradients of what it knew when it was made."""
+    if not all(map(_torch.is_known_to_ddp, _declared_values(gm, context, inputs))):
         raise UnsupportedError(DDP_COMES_LAST)
+
+
+def _warn_of_frozen(gm: fx.GraphModule, context: Context, inputs: Sequence[Any]) -> None:
+    """Whoever trains other parameters alone may not know that the streams stay as they started."""
+    declared = _declared_values(gm, context, inputs)
+    others = any(isinstance(v, nn.Parameter) and v.requires_grad for v in inputs)
+    if torch.is_grad_enabled() and others and not any(p.requires_grad for p in declared):
+        warnings.warn(
+            "All mHC parameters of this model are frozen (requires_grad is False) while others are "
+            "trained: its streams stay as they are. To train them, call p.requires_grad_() for p "
+            "in mhc_compile.parameters(model); PEFT freezes whatever LoraConfig(modules_to_save="
+            "['mhc']) does not name.",
+            stacklevel=2,
+        )
 
 
 def _erase_declarations(gm: fx.GraphModule) -> None:

@@ -24,6 +24,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +44,16 @@ FORWARD = "_mhc_forward"
 
 OWN_ATTRIBUTES = (SPEC, CALL, FORWARD, adapters.COMPILED)
 
-_root: contextvars.ContextVar[nn.Module | None] = contextvars.ContextVar("mhc_root", default=None)
+
+@dataclass(frozen=True)
+class _Call:
+    """A plain call that is being captured or run; what Dynamo had met before."""
+
+    root: nn.Module
+    exceptions: Mapping[str, int]
+
+
+_call: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("mhc_call", default=None)
 
 # By identity, as the captured graphs know modules. Nothing is read from it but which module it is.
 _swapped: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
@@ -51,7 +61,8 @@ _swapped: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDiction
 
 def calling_root() -> nn.Module | None:
     """The module whose plain call is being captured or run, if there is one."""
-    return _root.get()
+    call = _call.get()
+    return call.root if call is not None else None
 
 
 def find(identity: str) -> nn.Module | None:
@@ -248,11 +259,11 @@ def _call_as_root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         _refuse_export()
     if _torch.is_functorch_active():
         _refuse_functorch(module)
-    outer = _root.get()
+    outer = _call.get()
     if outer is not None:
         raise NotCapturedError(_why_not_captured(module, outer))
     adapters.before_call(module, kwargs)
-    token = _root.set(module)
+    token = _call.set(_Call(module, _torch.exceptions_met()))
     try:
         with _torch.dynamo_settings(), _own_errors():
             return _compiled_call(module)(*args, **kwargs)
@@ -261,7 +272,7 @@ def _call_as_root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         module.__dict__.pop(CALL, None)
         raise
     finally:
-        _root.reset(token)
+        _call.reset(token)
 
 
 class _CompiledCall:
@@ -378,9 +389,17 @@ def _refuse_export(*_: Any) -> None:
     )
 
 
-def _why_not_captured(module: nn.Module, root: nn.Module) -> str:
-    name = type(module).__name__
-    if _torch.is_forced_eager():
+def _why_not_captured(module: nn.Module, call: _Call) -> str:
+    name, root = type(module).__name__, call.root
+    met = _torch.exceptions_met()
+    raised = [e for e, count in met.items() if count > call.exceptions.get(e, 0)]
+    if raised:
+        cause = (
+            f"While it was captured, the forward of {type(root).__name__} or of a module in it "
+            f"raised {raised[0]}. If that is not meant, the plain model raises it with the same "
+            "inputs: mhc_compile.revert(copy.deepcopy(model))."
+        )
+    elif _torch.is_forced_eager():
         cause = (
             'torch.compiler.set_stance("force_eager") is in force, and the n-stream graph only '
             "exists as a captured graph. Leave that stance around this model."

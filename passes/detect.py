@@ -93,6 +93,7 @@ class _Detector:
         self.terms: dict[fx.Node, list[fx.Node]] = {}
         self.positions: set[fx.Node] = set()  # weights that were added to a stream
         self.rejected: dict[fx.Node, Rejected] = {}
+        self.undeclared: list[Site] = []  # found in this call, but not when it was transformed
 
     def run(self) -> Detection:
         for node in self.flow.order:
@@ -436,6 +437,7 @@ class _Detector:
         for site in list(self.sites.values()):
             declared = self._declaration_of(site)
             if declared is None:
+                self.undeclared.append(site)
                 self._demote(site, Reason.UNDECLARED)
             else:
                 site.parameters = declared.parameters
@@ -577,12 +579,39 @@ class _Detector:
             home = number in self.context.homes and not self.context.broken_at
             if not (first and last) and not home:
                 raise ChainBrokenError(self._part_of_chain(number))
+            if not (first and last) and (instead := self._instead_of(number)):
+                raise ChainBrokenError(self._foreign(number, instead))
+        for number in self.context.homes - ends.keys():
+            if instead := self._instead_of(number):
+                raise ChainBrokenError(self._foreign(number, instead))
         pieces = [c[0].chain for c in chains]
         for number in declared:
             if pieces.count(number) > 1:
                 raise ChainBrokenError(
                     self._split_chain([c for c in chains if c[0].chain == number])
                 )
+
+    def _instead_of(self, number: int) -> list[Site]:
+        """Undeclared adds that would carry a chain on: what they are in was put there since then.
+
+        Where nothing of the chain is left, two of them that would be a chain of their own.
+        """
+        declared = [s for s in self.sites.values() if s.chain == number]
+        members = declared or self.undeclared
+        behind = {self.base.get(s.x, s.x) for s in members}
+        of_members = {s.node for s in members}
+        return [
+            u for u in self.undeclared if u.node in behind or self.base.get(u.x, u.x) in of_members
+        ]
+
+    def _foreign(self, number: int, adds: list[Site]) -> str:
+        named = ", ".join([f"'{s.name}' ({s.location})" for s in adds[:4]])
+        return (
+            f"Sites of chain {number} are missing in this call, and other residual adds stand "
+            f"where they should be: {named}. They would be plain. A submodule was exchanged, or its "
+            "forward replaced, after the model was transformed, or this call takes another path: "
+            "call mhc_compile.revert and transform again, with example inputs that take this path."
+        )
 
     def _part_of_chain(self, number: int) -> str:
         sites = [s for s in self.sites.values() if s.chain == number]

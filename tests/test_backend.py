@@ -5,6 +5,7 @@ what reached it without minutes of compilation.
 """
 
 import copy
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Any
@@ -284,3 +285,18 @@ def test_every_pass_can_be_left_out(name):
 def captured_history(model: nn.Module) -> Any:
     (graph,) = mhc_compile.graphs(model)
     return graph.history
+
+
+def test_a_call_that_trains_everything_but_the_streams_warns():
+    model = pair()[1]
+    for parameter in mhc_compile.parameters(model):
+        parameter.requires_grad_(False)
+    with pytest.warns(UserWarning, match="All mHC parameters of this model are frozen"):
+        model(ids())
+    for parameter in model.parameters():  # nothing is trained: as for inference
+        parameter.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids())
+        next(mhc_compile.parameters(model)).requires_grad_()
+        model(ids())

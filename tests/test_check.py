@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import mhc_compile
-from mhc_compile import _torch, guard, history, swap
+from mhc_compile import _torch, guard, history, initial, swap
 from mhc_compile.declare import Spec
 from mhc_compile.passes.errors import CheckError, NotTransformedError
 from mhc_compile.swap import SPEC

@@ -713,3 +713,63 @@ def test_gradients_of_gradients_are_refused(transformed):
         pytest.raises(RuntimeError, match=r"double backward \(create_graph=True.*is not supported"),
     ):
         gradient.square().sum().backward()
+
+
+# ------------------------------------------------------------------------------------- torch.func
+
+
+FUNCTORCH = {
+    "grad": lambda f, p: torch.func.grad(lambda q: f(q).sum())(p),
+    "vjp": lambda f, p: torch.func.vjp(f, p),
+    "jvp": lambda f, p: torch.func.jvp(f, (p,), (p,)),
+    "vmap": lambda f, p: torch.func.vmap(lambda i: f(p, i[None]))(ids()),
+    "jacrev": lambda f, p: torch.func.jacrev(lambda q: f(q).sum())(p),
+    "hessian": lambda f, p: torch.func.hessian(lambda q: f(q).sum())(p),
+}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", FUNCTORCH)
+def test_transforms_of_torch_func_are_named(name, in_place, transformed):
+    """B4: Dynamo captures nothing under them, and says nothing."""
+    parameters, batch = dict(transformed.named_parameters()), ids()
+
+    def call(values, tokens=batch):
+        return torch.func.functional_call(transformed, values, (tokens,))
+
+    with untouched(transformed, ids()):
+        if in_place:
+            transformed.compile(backend="mhc")
+        with pytest.raises(UnsupportedError, match=r"under a transform of torch\.func"):
+            FUNCTORCH[name](call, parameters)
+        transformed.__dict__.pop("_compiled_call_impl", None)
+    # What the message advises.
+    outputs = call(parameters)
+    assert all(g is not None for g in torch.autograd.grad(outputs.sum(), parameters.values()))
+
+
+# ----------------------------------------------------------------------- errors of the user's own
+
+
+class Refusing(GPT):
+    """Checks its arguments, before the streams or between two sites."""
+
+    def forward(self, ids: Tensor, where: str = "") -> Tensor:
+        if where == "first":
+            raise ValueError("give where another value")
+        x = self.h[0](self.embed(ids))
+        if where == "between":
+            raise ValueError("give where another value")
+        return self.head(self.h[1](x))
+
+
+@pytest.mark.parametrize("where", ["first", "between"])
+@pytest.mark.parametrize("called_before", [False, True])
+def test_what_the_forward_itself_raises_is_told(where, called_before):
+    model = pair(Refusing)[1]
+    if called_before:
+        model(ids())
+    for _ in range(2):
+        with pytest.raises(NotCapturedError, match=r"raised ValueError\(.*give where another"):
+            model(ids(), where)
+    assert model(ids()).isfinite().all()

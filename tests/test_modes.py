@@ -9,7 +9,9 @@ import copy
 import io
 import pickle
 import random
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -625,4 +627,22 @@ def test_transform_changes_neither_state_nor_random_numbers():
     assert all(
         relative(model.state_dict()[k].double(), v) < EXACT for k, v in plain.state_dict().items()
     )
+    assert_preserved(plain, model, ids())
+
+
+def test_threads_that_call_one_model_at_once():
+    """B6: while one thread captures, `torch.compiler.is_compiling()` is true in all of them."""
+    plain, model = pair()
+    lengths = [3, 4, 5, 6]  # each thread captures graphs of its own
+    start = threading.Barrier(len(lengths))
+
+    def call(length: int) -> list[Tensor]:
+        start.wait()
+        return [output(model, ids(2, length)).detach() for _ in range(3)]
+
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        results = list(pool.map(call, lengths))
+    for length, outputs in zip(lengths, results, strict=True):
+        expected = output(plain, ids(2, length))
+        assert all(relative(out, expected) < EXACT for out in outputs)
     assert_preserved(plain, model, ids())
