@@ -121,6 +121,7 @@ def _compile(
     _require_agreement(own or {}, declared)
     context = Context(
         options_of(declared),
+        grad_enabled=torch.is_grad_enabled(),
         trainable=_trainable(work, example_inputs),
         owners=owners_in(*owners),
         broken_at=_torch.break_reason(gm),
