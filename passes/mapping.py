@@ -272,7 +272,12 @@ class _Reader:
             raise Refused("some of its values are written in place", Reason.OWN_PLACE)
         oracle = self.oracle.assuming(self.parameters.scales(), self.parameters.biased())
         roles = Roles(region, oracle, shape_of(self.mapping.y)[:-1], self.dtype)
-        variant = roles.variant()
+        try:
+            variant = roles.variant()
+        except Refused:
+            if any(map(is_read_in_another_mode, region.members)):
+                raise Refused("a part is read in another mode", Reason.OWN_MODE) from None
+            raise
         self._require_uniform(region, roles)
         return Reading(self.mapping, variant, self.eps, roles.chosen, self.parameters)
 

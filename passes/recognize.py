@@ -284,10 +284,14 @@ def _sum_behind(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """The addition that reads a node behind views and casts, and the term that it reads."""
     while True:
         added = next((u for u in node.users if op_name(u) == "add"), None)
-        shown = [u for u in node.users if kind_of(u) in (Kind.VIEW, Kind.CAST)]
+        shown = [u for u in node.users if _shows_again(u)]
         if added is not None or len(shown) != 1:
             return node, added
         node = shown[0]
+
+
+def _shows_again(node: fx.Node) -> bool:
+    return kind_of(node) in (Kind.VIEW, Kind.CAST) or node.target is in_another_mode
 
 
 def _above(
