@@ -275,7 +275,7 @@ class _Reader:
         try:
             variant = roles.variant()
         except Refused:
-            if any(map(is_read_in_another_mode, region.members)):
+            if any(map(is_read_in_another_mode, [self.mapping.y, *region.members])):
                 raise Refused("a part is read in another mode", Reason.OWN_MODE) from None
             raise
         self._require_uniform(region, roles)
