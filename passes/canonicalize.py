@@ -27,10 +27,7 @@ from .in_place import remove_in_place, separate_versions
 from .modes import kept_apart
 from .norms import spelled_out_rms_norm
 from .operators import (
-    Kind,
-    holds_tensor,
     is_float_tensor,
-    kind_of,
     memory_order,
     op_name,
     same_shape,

@@ -132,7 +132,7 @@ def _obstacle(
     """Why a norm with these readers stays; None if nothing is in the way.
 
     Args:
-        elsewhere: whether something reads it under ``no_grad`` or the like, where it does not stand.
+        elsewhere: whether something reads it in another mode than its own.
     """
     found = [p for p in products if p is not None]
     if len(found) < len(products):

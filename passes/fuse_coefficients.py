@@ -264,8 +264,9 @@ class _Products:
                 site.remarks.append(report.refuse(what, refused, node))
                 self.left.append(node)
         if not region.found:
-            first, switched = next(iter(self.seeds)), any(map(is_read_in_another_mode, region.known))
-            reason = "read in another mode" if switched else "not found behind its coefficients"
+            first = next(iter(self.seeds))
+            elsewhere = any(map(is_read_in_another_mode, region.known))
+            reason = "read in another mode" if elsewhere else "not found behind its coefficients"
             site.remarks.append(report.refuse(what, reason, first))
         return found
 

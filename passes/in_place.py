@@ -257,9 +257,7 @@ class _Functional:
     def _write_back(self, written: _Input) -> None:
         """Give the caller what was written; who returns the input returns that very tensor."""
         with self.graph.inserting_after(written.value):
-            copied = _call(
-                self.graph, written.value, "copy_", (written.node, written.value), {}
-            )
+            copied = _call(self.graph, written.value, "copy_", (written.node, written.value), {})
         for tag in ("recompute", "ac_graph_id"):  # the caller sees it once
             copied.meta.pop(tag, None)
         output = next(n for n in self.graph.nodes if n.op == "output")

@@ -299,9 +299,7 @@ class _Widener:
         return lay_as(state, single)
 
     @contextmanager
-    def _writing(
-        self, *, before: fx.Node, like: fx.Node, recorded: bool = False
-    ) -> Iterator[None]:
+    def _writing(self, *, before: fx.Node, like: fx.Node, recorded: bool = False) -> Iterator[None]:
         """Nodes written inside stand before a node, with the origin and recompute tags of another.
 
         Autocast around them needs no care: the functions of ``reference`` keep their precision.

@@ -72,12 +72,13 @@ def perturb(model: nn.Module) -> None:
 
 
 def perturbed(
-    plain: Callable[..., Any], dtype: torch.dtype = torch.float64
+    plain: Callable[..., Any], dtype: torch.dtype = torch.float64, **options: Any
 ) -> tuple[Program, Tensor]:
     """A transformed program whose mHC parameters are far from the start, and an input."""
     model = Program(plain).to(dtype)
     x = stream().to(dtype).requires_grad_()
-    mhc_compile.transform(model, n=N, example_inputs=(x,))
+    config = mhc_compile.Config(n=N, **options)
+    mhc_compile.transform(model, config=config, example_inputs=(x,))
     perturb(model)
     return model, x
 
@@ -140,7 +141,9 @@ def without_gradient(model: nn.Module, outputs: list[Tensor]) -> set[str]:
     for name, connection in model.mhc.named_children():  # type: ignore[union-attr]
         leaves = [connection.phi, connection.alpha, connection.bias]
         given = gradients(outputs, leaves)
-        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, given)]
+        filled = [
+            torch.zeros_like(p) if g is None else g for p, g in zip(leaves, given, strict=True)
+        ]
         for group, gradient in split_groups(*filled, N).items():
             if gradient.norm() < 1e-2 * torch.finfo(gradient.dtype).eps ** 0.5:
                 found.add(f"{name}.{group.split('_')[1]}")

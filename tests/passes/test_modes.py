@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -18,10 +18,8 @@ from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile import Reason
-from mhc_compile.passes.canonicalize import canonicalize
-from mhc_compile.passes.modes import Modes
 
-from .graphs import WIDTH, Program, captured, detected, operations, stream
+from .graphs import WIDTH, detected
 from .recurrence import (
     HOW,
     N,
@@ -32,7 +30,6 @@ from .recurrence import (
     gradients,
     leaves,
     norm,
-    perturb,
     perturbed,
     site,
     without_gradient,
@@ -57,6 +54,7 @@ class Case:
     plain: Callable[..., Any]
     truth: Callable[..., Any]
     silent: str = "a.res"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def branch_plain(m, x):
@@ -230,6 +228,39 @@ def variance_truth(m, x):
     return site(X, m.mhc.b, lambda h: m.b(rms_without_gradient(h))).mean(-2)
 
 
+def deferred_plain(m, x):
+    x = x + m.a(x)
+    with no_grad():
+        h = F.rms_norm(x, (WIDTH,))
+    x = x + m.b(h)
+    return x + m.c(x)
+
+
+def deferred_truth(m, x):
+    def branch(h):
+        with no_grad():
+            h = F.rms_norm(h, (WIDTH,))
+        return m.b(h)
+
+    X = site(site(expand(x), m.mhc.a, m.a), m.mhc.b, branch)
+    return site(X, m.mhc.c, m.c).mean(-2)
+
+
+def viewed_plain(m, x):
+    x = x + m.a(x)
+    with no_grad():
+        x = x.view(-1, WIDTH)
+    x = x + m.b(x)
+    return x + m.c(x)
+
+
+def viewed_truth(m, x):
+    X = site(expand(x), m.mhc.a, m.a)
+    with no_grad():
+        X = X.view(-1, N, WIDTH)
+    return site(site(X, m.mhc.b, m.b), m.mhc.c, m.c).mean(-2)
+
+
 def enabled_inside_plain(m, x):
     """Called under no_grad: only the second branch and sum are recorded."""
     x = x + m.a(x)
@@ -257,6 +288,10 @@ CASES = {
     "the first state": Case(first_state_plain, first_state_truth),
     "a step on the stream": Case(streamwise_plain, streamwise_truth, "a.pre a.post a.res"),
     "a reader": Case(readout_plain, readout_truth),
+    "a norm that may be deferred": Case(
+        deferred_plain, deferred_truth, "a.res b.pre", {"defer_norms": True}
+    ),
+    "a view of tokens": Case(viewed_plain, viewed_truth, "a.pre a.post a.res"),
     "the variance of a norm": Case(variance_plain, variance_truth),
 }
 
@@ -265,7 +300,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_under_no_grad(name: str, how: str) -> None:
     case = CASES[name]
-    model, x = perturbed(case.plain)
+    model, x = perturbed(case.plain, **case.options)
     actual, expected = leaves(call(model, how)(x)), leaves(case.truth(model, x))
     inputs = [x, *model.parameters()]
     assert_is_truth(actual, expected, leaves(case.plain(model, x)), inputs)
@@ -392,12 +427,13 @@ class Own(nn.Module):
         self.branch = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
 
     def of(self, part: str) -> Any:
-        if part != self.part:
+        if part not in self.part.split():
             return contextlib.nullcontext()
         return no_grad() if self.mode == "no_grad" else torch.autocast("cpu", torch.bfloat16)
 
     def forward(self, X: Tensor) -> Tensor:
-        for phi, alpha, bias, branch in zip(self.phi, self.alpha, self.bias, self.branch):
+        parts = (self.phi, self.alpha, self.bias, self.branch)
+        for phi, alpha, bias, branch in zip(*parts, strict=True):
             with self.of("flattened"):
                 x = X.flatten(-2)
             with self.of("norm"):
@@ -423,27 +459,33 @@ class Own(nn.Module):
         return X
 
 
-PARTS = ("flattened", "norm", "projection", "H_pre", "H_post", "H_res", "read", "mix", "write")
+PARTS = (
+    *("flattened", "norm", "projection", "flattened norm projection"),
+    *("H_pre", "H_post", "H_res", "read", "mix", "write"),
+)
 FUSED = ["coefficients", "pre", "post_res"] * 2
 
 
-def own(part: str, mode: str) -> tuple[Own, nn.Module, list[list[Tensor]]]:
-    """A model, its compiled copy, and of each its output and gradients."""
-    dtype = torch.float64 if mode == "no_grad" else torch.float32
-    plain = Own(part, mode).to(dtype)
-    model, X = copy.deepcopy(plain), torch.randn(2, 5, N, WIDTH, dtype=dtype, requires_grad=True)
+def compared(plain: nn.Module) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
+    """A compiled copy of a model; its output and gradients, and those of the model."""
+    model, dtype = copy.deepcopy(plain), next(plain.parameters()).dtype
+    X = torch.randn(2, 5, N, WIDTH, dtype=dtype, requires_grad=True)
     results = []
     for m, function in ((model, call(model, "partitioned")), (plain, plain)):
         outputs = [function(X)]
         given = gradients(outputs, [X, *m.parameters()])
         results.append([*outputs, *(torch.zeros(()) if g is None else g for g in given)])
-    return plain, model, results
+    return model, *results
+
+
+def own(part: str, mode: str) -> Own:
+    return Own(part, mode).to(torch.float64 if mode == "no_grad" else torch.float32)
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "autocast"])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_connection_in_two_modes_stays_as_it_is(part: str, mode: str) -> None:
-    _, model, (actual, expected) = own(part, mode)
+    model, actual, expected = compared(own(part, mode))
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=0)
     (graph,) = mhc_compile.graphs(model)
@@ -455,10 +497,107 @@ def test_a_connection_in_two_modes_stays_as_it_is(part: str, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["no_grad", "autocast"])
 @pytest.mark.parametrize("part", ["branch", "none"])
 def test_a_connection_around_a_branch_in_another_mode_is_recognised(part: str, mode: str) -> None:
-    _, model, (actual, expected) = own(part, mode)
+    model, actual, expected = compared(own(part, mode))
     error = 1e-11 if mode == "no_grad" else 2e-5
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=error, atol=error)
     (graph,) = mhc_compile.graphs(model)
     (last,) = (e for e in graph.history if e.name == "lower")
     assert last.operators == FUSED
+
+
+class Apart(nn.Module):
+    """Connections of which one in three projections runs in a mode of its own."""
+
+    def __init__(self, switched: int | None) -> None:
+        super().__init__()
+        self.switched = switched
+        self.phi = nn.ModuleList(
+            nn.Linear(N * WIDTH, size, bias=False) for size in 2 * (N, N, N * N)
+        )
+        self.gates = nn.Parameter(torch.randn(2, 3))
+        self.bias = nn.ParameterList(torch.randn(p.out_features) for p in self.phi)
+        self.branch = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def logits(self, x: Tensor, layer: int, part: int) -> Tensor:
+        number = 3 * layer + part
+        with torch.set_grad_enabled(part != self.switched):
+            y = self.phi[number](x)
+        return self.gates[layer, part] * y + self.bias[number]
+
+    def forward(self, X: Tensor) -> Tensor:
+        for layer in range(2):
+            x = F.rms_norm(X.flatten(-2), (N * WIDTH,), None, 1e-6)
+            pre, post, res = (self.logits(x, layer, part) for part in range(3))
+            h = (torch.sigmoid(pre).unsqueeze(-1) * X).sum(-2)
+            f = self.branch[layer](torch.tanh(h))
+            H_res = torch.softmax(res.unflatten(-1, (N, N)), -1) + 1e-6
+            H_res = H_res / (H_res.sum(-2, keepdim=True) + 1e-6)
+            X = H_res @ X + (2 * torch.sigmoid(post)).unsqueeze(-1) * f.unsqueeze(-2)
+        return X
+
+
+@pytest.mark.parametrize("switched", [None, 0, 1, 2])
+def test_projections_in_different_modes_are_not_joined(switched: int | None) -> None:
+    model, actual, expected = compared(Apart(switched).double())
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+    (graph,) = mhc_compile.graphs(model)
+    (last,) = (e for e in graph.history if e.name == "lower")
+    assert switched is not None or last.operators == FUSED
+
+
+# --- what is no site ------------------------------------------------------------------------------
+
+
+def inference_plain(m, x):
+    with torch.inference_mode():
+        f = m.a(x)
+    x = x + f
+    return x + m.b(x)
+
+
+def inference_truth(m, x):
+    return site(site(expand(x), m.mhc.a, m.a), m.mhc.b, m.b).mean(-2)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_branch_in_inference_mode(how: str) -> None:
+    model, x = perturbed(inference_plain)
+    function = call(model, how)
+    with no_grad():
+        actual, expected, plain = function(x), inference_truth(model, x), inference_plain(model, x)
+    assert_is_truth([actual], [expected], [plain], [])
+
+
+def inference_site(m, x):
+    with torch.inference_mode():
+        x = x + m.a(x)
+    x = x + m.b(x)
+    return x + m.c(x)
+
+
+def half_a_sum(m, x):
+    with no_grad():
+        s = x + m.a(x)
+    x = s + m.b(x)
+    x = x + m.c(x)
+    return x + m.d(x)
+
+
+def half_a_branch(m, x):
+    """The terms of a branch added elsewhere are a sum of its own."""
+    with no_grad():
+        f = m.a(x) + m.b(x)
+    x = x + f
+    return x + m.c(x)
+
+
+@pytest.mark.parametrize(
+    ("program", "sites", "rejected"),
+    [(half_a_sum, ["c", "d"], 2), (inference_site, [], 2), (half_a_branch, [], 2)],
+)
+def test_a_sum_in_two_modes_is_no_site(program: Any, sites: list[str], rejected: int) -> None:
+    found = detected(program)
+    assert [s.name for s in found.sites] == sites
+    assert [r.reason for r in found.rejected].count(Reason.MODE) == rejected
