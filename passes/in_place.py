@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -130,42 +129,84 @@ def _remove_out(graph: fx.Graph, node: fx.Node) -> bool:
 # --- writes as new values -------------------------------------------------------------------------
 
 
-@dataclass
-class _Input:
-    """An input of the graph whose writes become new values.
+class _Functional:
+    """Makes writes functional, in order; knows what shows which memory so far.
 
     Attributes:
-        value: what it holds by now.
+        home: from memory to the input that is to hold in the end what that memory holds.
     """
 
-    node: fx.Node
-    value: fx.Node
-
-
-class _Functional:
     def __init__(self, graph: fx.Graph, grad: bool) -> None:
         self.graph = graph
+        self.output = graph.output_node()
         self.modes = Modes(graph, grad)
         self.index = {node: i for i, node in enumerate(graph.nodes)}
         self.root: dict[fx.Node, fx.Node] = {}
         self.aliases: dict[fx.Node, list[fx.Node]] = {}
-        self.inputs = {node: _Input(node, node) for node in self._written_inputs()}
-        self.home: dict[fx.Node, _Input] = {}  # memory -> the input that is to hold it
+        self.home = {node: node for node in graph.find_nodes(op="placeholder")}
+        first: dict[object, fx.Node] = {}
+        for node in self.home:
+            self._show(node, first.setdefault(_storage(node), node))
+        self.in_view = set(self._returned_views())
 
     def run(self) -> int:
         """Make every write functional for which that is the same; how many."""
         count = 0
-        for node in list(self.graph.nodes):
-            if node.op == "output":
-                continue
-            if not self._is_private(node):
+        for node in [n for n in self.graph.nodes if n.op not in ("placeholder", "output")]:
+            if self._is_private(node):
+                self._replace(node)
+                count += 1
+            else:
                 self._add(node)
-                continue
-            self._replace(node)
-            count += 1
-        for written in self.inputs.values():
-            self._write_back(written)
+        for memory, entered in self.home.items():
+            if memory is not entered:
+                self._write_back(entered, memory)
         return count
+
+    def _add(self, node: fx.Node) -> None:
+        source = memory_shown_by(node)
+        self._show(node, node if source is None else self.root[source])
+
+    def _show(self, node: fx.Node, memory: fx.Node) -> None:
+        self.root[node] = memory
+        self.aliases.setdefault(memory, []).append(node)
+
+    def _returned_views(self) -> Iterator[fx.Node]:
+        """The inputs of which a view is returned: the caller may write through it."""
+        root = memory_roots(self.graph)
+        for node in self.output.all_input_nodes:
+            whole = node
+            while writes(whole):
+                whole = whole.args[0]  # type: ignore[assignment]
+            if whole is not root[node]:
+                yield root[node]
+
+    def _is_private(self, write: fx.Node) -> bool:
+        """Whether a write can be a new value: only readers of the written node itself see it."""
+        if _functional_form(write) is None:
+            return False
+        written, here = write.args[0], self.index[write]
+        assert isinstance(written, fx.Node)
+        memory = self.root[written]
+        if memory.op == "get_attr" or not self._keeps_gradients(write, memory):
+            return False
+        if memory in self.home and not self._can_be_copied(write, memory):
+            return False
+        others = (alias for alias in self.aliases[memory] if alias is not written)
+        return not any(self.index.get(u, -1) > here for alias in others for u in alias.users)
+
+    def _keeps_gradients(self, write: fx.Node, memory: fx.Node) -> bool:
+        """Whether the write is recorded, or nothing is that could be written here.
+
+        Written where no gradients are recorded, a tensor keeps the gradient that it had.
+        """
+        return self.modes.of(write).grad or not self.modes.of(memory).grad
+
+    def _can_be_copied(self, write: fx.Node, memory: fx.Node) -> bool:
+        """Whether one copy at the end, of all of it, tells the caller what was written."""
+        in_view = self.home[memory] in self.in_view
+        at_end = self.modes.of(write) == self.modes.of(self.output)
+        return write.args[0] is memory and at_end and not in_view
 
     def _replace(self, node: fx.Node) -> None:
         written, functional = node.args[0], _functional_form(node)
@@ -180,95 +221,17 @@ class _Functional:
         node.replace_all_uses_with(new)
         for user in [u for u in written.users if self.index.get(u, -1) > self.index[new]]:
             user.replace_input_with(written, new)
-        home = self.home.get(written) or self.inputs.get(written)
-        if home is not None:
-            home.value, self.home[new] = new, home
         self._add(new)
+        if self.root[written] in self.home:
+            self.home[new] = self.home.pop(self.root[written])
         self.graph.erase_node(node)
 
-    def _add(self, node: fx.Node) -> None:
-        memory = _root_of(node, self.root)
-        self.root[node] = memory
-        self.aliases.setdefault(memory, []).append(node)
-
-    def _is_private(self, write: fx.Node) -> bool:
-        """Whether a write can be a new value: only readers of the written node itself see it."""
-        if _functional_form(write) is None:
-            return False
-        written = write.args[0]
-        assert isinstance(written, fx.Node)
-        memory = self.root[written]
-        if memory.op not in ("call_function", "call_method"):
-            return memory is written and memory in self.inputs
-        here = self.index[write]
-        return self._keeps_gradients(write, memory) and not any(
-            self.index.get(user, -1) > here
-            for alias in self.aliases[memory]
-            if alias is not written
-            for user in alias.users
-        )
-
-    def _keeps_gradients(self, write: fx.Node, memory: fx.Node) -> bool:
-        """Whether the write is recorded, or nothing is that could be written here.
-
-        Written where no gradients are recorded, a tensor keeps the gradient that it had.
-        """
-        return self.modes.of(write).grad or not self.modes.of(memory).grad
-
-    # --- inputs -------------------------------------------------------------------------------
-
-    def _written_inputs(self) -> Iterator[fx.Node]:
-        """The inputs that are only written as a whole, so that nobody sees it but the caller."""
-        root = memory_roots(self.graph)
-        members: dict[fx.Node, list[fx.Node]] = {}
-        for node in self.graph.nodes:
-            members.setdefault(root[node], []).append(node)
-        for memory, shown in members.items():
-            written = [n for n in shown if writes(n)]
-            if memory.op == "placeholder" and written and self._is_whole(memory, shown, written):
-                yield memory
-
-    def _is_whole(self, memory: fx.Node, shown: list[fx.Node], written: list[fx.Node]) -> bool:
-        whole = {memory}
-        for node in shown:
-            if node in written and node.args[0] in whole:
-                whole.add(node)
-        views = [n for n in shown if n not in whole]
-        return (
-            all(w in whole and _functional_form(w) for w in written)
-            and all(self._keeps_gradients(w, memory) for w in written)
-            and not any(self._is_seen(view, written) for view in views)
-            and not self._is_shared(memory)
-        )
-
-    def _is_seen(self, view: fx.Node, written: list[fx.Node]) -> bool:
-        """Whether a view is returned, or read behind a write into what it shows."""
-        first = next((self.index[w] for w in written if self.index[w] > self.index[view]), None)
-        return any(
-            user.op == "output" or (first is not None and self.index[user] > first)
-            for user in view.users
-        )
-
-    def _is_shared(self, memory: fx.Node) -> bool:
-        """Whether another input shows the same memory."""
-        others = [n for n in self.graph.find_nodes(op="placeholder") if n is not memory]
-        return _storage(memory) in {_storage(n) for n in others}
-
-    def _write_back(self, written: _Input) -> None:
+    def _write_back(self, entered: fx.Node, value: fx.Node) -> None:
         """Give the caller what was written; who returns the input returns that very tensor."""
-        with self.graph.inserting_after(written.value):
-            copied = _call(self.graph, written.value, "copy_", (written.node, written.value), {})
-        for tag in ("recompute", "ac_graph_id"):  # the caller sees it once
-            copied.meta.pop(tag, None)
-        output = next(n for n in self.graph.nodes if n.op == "output")
-        same = [written.node, *(n for n, home in self.home.items() if home is written)]
-        for node in same:
-            output.replace_input_with(node, copied)
-
-
-def _root_of(node: fx.Node, root: dict[fx.Node, fx.Node]) -> fx.Node:
-    source = memory_shown_by(node)
-    return node if source is None else root.get(source, source)
+        with self.graph.inserting_before(self.output):
+            copied = self.graph.call_method("copy_", (entered, value))
+        copied.meta = {"example_value": value_of(entered)}
+        self.output.replace_input_with(value, copied)
 
 
 def _storage(node: fx.Node) -> object:

@@ -78,7 +78,7 @@ def perturbed(
     model = Program(plain).to(dtype)
     x = stream().to(dtype).requires_grad_()
     config = mhc_compile.Config(n=N, **options)
-    mhc_compile.transform(model, config=config, example_inputs=(x,))
+    mhc_compile.transform(model, config=config, example_inputs=(x.detach(),))
     perturb(model)
     return model, x
 
