@@ -133,9 +133,8 @@ def _compile(
     )
     history.trace(entries)
     _erase_declarations(work)
-    guard.require_alive(
-        sites, work, lambda: guard.undeclared_in(context.detection), context.broken_at
-    )
+    broken_at = context.broken_at or _torch.break_around()
+    guard.require_alive(sites, work, lambda: guard.undeclared_in(context.detection), broken_at)
     _require_synchronisation(work, context, example_inputs)
     runner = lower(work, example_inputs, Run(declared, entries))
     history.record(captured, work, entries, context, example_inputs)
@@ -168,7 +167,8 @@ def _require_nothing_lost(
         return guard.undeclared_in(context.detection)
 
     if sites.declared:
-        guard.require_alive(sites, work, undeclared, _torch.break_reason(gm))
+        broken_at = _torch.break_reason(gm) or _torch.break_around()
+        guard.require_alive(sites, work, undeclared, broken_at)
 
 
 def _checked(passes: Sequence[Pass], sites: guard.Sites) -> list[Pass]:
