@@ -45,6 +45,7 @@ __all__ = [
     "FakeTensorMode",
     "InferenceAwareGraphPass",
     "WeakTensorKeyDictionary",
+    "break_around",
     "break_in_words",
     "break_reason",
     "call_graph_pass",
@@ -179,6 +180,16 @@ def exceptions_met() -> dict[str, int]:
     return met
 
 
+def break_around() -> str | None:
+    """Where Dynamo gave up on a function that runs by itself now, around what is captured."""
+    running = {(f.f_code.co_filename, f.f_code.co_name) for f, _ in traceback.walk_stack(None)}
+    for reason in reversed(torch._dynamo.utils.graph_break_reasons):
+        first = reason.user_stack[0] if reason.user_stack else None
+        if first is not None and (first.filename, first.name) in running:
+            return _in_words(reason)
+    return None
+
+
 def is_exporting() -> bool:
     """Whether ``torch.export`` is tracing.
 
@@ -200,8 +211,10 @@ def is_symbolically_traced() -> bool:
 def break_reason(gm: fx.GraphModule) -> str | None:
     """Where and why Dynamo ended a captured graph early; None for a graph that is whole."""
     reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None or not reason.graph_break:
-        return None
+    return None if reason is None or not reason.graph_break else _in_words(reason)
+
+
+def _in_words(reason: Any) -> str:
     frame = reason.user_stack[-1] if reason.user_stack else None
     where = f"{frame.filename}:{frame.lineno}" if frame is not None else "an unknown place"
     return f"{where} ({str(reason.reason).splitlines()[0]})"

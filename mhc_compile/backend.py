@@ -122,6 +122,7 @@ def _compile(
     _require_agreement(own or {}, declared)
     context = Context(
         options_of(declared),
+        grad_enabled=torch.is_grad_enabled(),
         trainable=_trainable(work, example_inputs),
         owners=owners_in(*owners),
         broken_at=_torch.break_reason(gm),
@@ -133,9 +134,8 @@ def _compile(
     )
     history.trace(entries)
     _erase_declarations(work)
-    guard.require_alive(
-        sites, work, lambda: guard.undeclared_in(context.detection), context.broken_at
-    )
+    broken_at = context.broken_at or _torch.break_around()
+    guard.require_alive(sites, work, lambda: guard.undeclared_in(context.detection), broken_at)
     _require_synchronisation(work, context, example_inputs)
     _warn_of_frozen(work, context, example_inputs)
     runner = lower(work, example_inputs, Run(declared, entries))
@@ -169,7 +169,8 @@ def _require_nothing_lost(
         return guard.undeclared_in(context.detection)
 
     if sites.declared:
-        guard.require_alive(sites, work, undeclared, _torch.break_reason(gm))
+        broken_at = _torch.break_reason(gm) or _torch.break_around()
+        guard.require_alive(sites, work, undeclared, broken_at)
 
 
 def _checked(passes: Sequence[Pass], sites: guard.Sites) -> list[Pass]:

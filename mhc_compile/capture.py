@@ -87,7 +87,10 @@ def capture(
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         output = next(n for n in gm.graph.nodes if n.op == "output")
-        outputs = list(fx.map_arg(output.args[0], lambda n: n.meta["example_value"]))
+        outputs = [
+            _in_mode(mode, value)
+            for value in fx.map_arg(output.args[0], lambda n: n.meta["example_value"])
+        ]
         copied, broken_at = copy_graph(gm), _torch.break_reason(gm)
         ran = False
 
@@ -233,6 +236,21 @@ def _fake_mode(args: Any, kwargs: Any) -> Any:
         if isinstance(leaf, _torch.FakeTensor):
             return leaf.fake_mode
     return _torch.FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _in_mode(mode: Any, value: Any) -> Any:
+    """A value as this mode has it: Dynamo makes another for a graph without fake inputs."""
+    if not isinstance(value, _torch.FakeTensor) or value.fake_mode is mode:
+        return value
+    with mode:
+        new = torch.empty_strided(
+            value.shape,
+            value.stride(),
+            dtype=value.dtype,
+            device=value.device,
+            requires_grad=value.requires_grad,
+        )
+        return new.view_as(new)  # no leaf
 
 
 def _fake(mode: Any, model: nn.Module) -> Callable[[Tensor], Tensor]:

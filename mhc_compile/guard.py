@@ -273,10 +273,10 @@ def _lost(
         if adds
         else " Their residual adds were not found in the graph."
     )
-    broken = f" The capture was broken at {broken_at}." if broken_at else ""
+    way_out = _WITHOUT_BREAK.format(broken_at) if broken_at else _WAY_OUT
     return (
         f"{len(lost)} declared site(s) of {whose} ran in this call, and would have computed plain "
-        f"residuals: {names}.{there}{broken} {_WAY_OUT}"
+        f"residuals: {names}.{there} {way_out}"
     )
 
 
@@ -285,6 +285,12 @@ _WAY_OUT = (
     "of a module was replaced, a hook replaces what passes through it, a submodule was exchanged, "
     "or the adds are reached in another way. Put that in place before mhc_compile.transform, or "
     "call mhc_compile.revert and transform again. Nothing was computed."
+)
+
+_WITHOUT_BREAK = (
+    "Dynamo broke the graph at {}, so that no graph holds the residual stream whole. Remove that "
+    "break: layers that are dropped at random in training are such (set layerdrop=0, or write "
+    "x + mask * F(x)). Nothing was computed."
 )
 
 

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from .capture import copy_graph
@@ -59,7 +60,7 @@ def rewrite(
         return None
     _refuse_options(module, found, options)
     config = Config(**{**options, "n": 1})
-    context = Context(options_of(config))
+    context = Context(options_of(config), grad_enabled=torch.is_grad_enabled())
     _, entries = run_pipeline(gm, context, OWN, disabled=config.disabled)
     return context, entries
 

@@ -7,7 +7,7 @@
     h * rsqrt(mean(h ** 2, -1) + eps)              rms_norm(h, (C,), None, eps)
     relu(x, inplace=True)                          relu(x), later readers of x read the result
 
-Writes that another view of the same memory could see, and writes into inputs, are left alone.
+What becomes of writes that others can see: ``in_place``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .context import Context, PassResult
-from .dataflow import erase_dead_code, is_mutation, memory_shown_by, unread
+from .dataflow import erase_dead_code, unread
 from .fake import Writer
+from .in_place import remove_in_place, separate_versions
+from .modes import kept_apart
 from .norms import spelled_out_rms_norm
 from .operators import (
-    Kind,
-    holds_tensor,
     is_float_tensor,
-    kind_of,
     memory_order,
     op_name,
     same_shape,
@@ -44,12 +43,14 @@ def canonicalize(gm: fx.GraphModule, context: Context) -> PassResult:
     """Bring every spelling of a residual add and of RMSNorm to one form."""
     steps = {
         "bodies inlined": _inline_bodies(gm),
-        "writes made functional": _remove_in_place(gm.graph),
+        "writes made functional": remove_in_place(gm.graph, context.grad_enabled),
         "adds respelled": _unify_adds(gm.graph, context),
     }
     effects = unread(gm.graph)
-    steps["RMSNorms joined"] = _join_rms_norms(gm.graph)
-    erase_dead_code(gm.graph, keep=effects)
+    with kept_apart(gm.graph, context.grad_enabled):
+        steps["RMSNorms joined"] = _join_rms_norms(gm.graph)
+        erase_dead_code(gm.graph, keep=effects)
+    steps["writes left in place"] = separate_versions(gm.graph)
     notes = [f"{count} {what}" for what, count in steps.items() if count]
     return PassResult(gm, changed=bool(notes), notes=notes)
 
@@ -117,98 +118,6 @@ def _adopt_attribute(gm: fx.GraphModule, body: fx.GraphModule, name: str) -> str
     return new
 
 
-# --- writes in place --------------------------------------------------------------------------
-
-_OPERATORS = {
-    "iadd": operator.add,
-    "isub": operator.sub,
-    "imul": operator.mul,
-    "itruediv": operator.truediv,
-}
-
-
-def _remove_in_place(graph: fx.Graph) -> int:
-    index = {node: i for i, node in enumerate(graph.nodes)}
-    memory = _Memory(index)
-    count = 0
-    for node in list(graph.nodes):
-        functional = _functional_form(node)
-        if functional is None or not memory.private_write(node):
-            memory.add(node)
-            continue
-        written = node.args[0]
-        assert isinstance(written, fx.Node)
-        with graph.inserting_before(node):
-            new = _call(graph, node, functional[0], node.args, functional[1])
-            if _promotes(node):  # a write keeps the dtype of what it writes into
-                new = _call(graph, node, "to", (new, value_of(node).dtype), {})  # type: ignore[attr-defined]
-        index[new] = index[node]
-        node.replace_all_uses_with(new)
-        for user in [u for u in written.users if index.get(u, -1) > index[new]]:
-            user.replace_input_with(written, new)
-        memory.add(new)
-        graph.erase_node(node)
-        count += 1
-    return count
-
-
-def _promotes(node: fx.Node) -> bool:
-    values = [value_of(a) for a in node.args if isinstance(a, fx.Node)]
-    dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.dim()}
-    return len(dtypes) > 1
-
-
-def _functional_form(node: fx.Node) -> tuple[Any, dict[str, Any]] | None:
-    """The out-of-place target and keyword arguments of an in-place pointwise operation."""
-    if not node.args or not is_float_tensor(node.args[0]) or not holds_tensor(node):
-        return None
-    name, kwargs = op_name(node), dict(node.kwargs)
-    if name in _OPERATORS:
-        return _OPERATORS[name], kwargs
-    if node.kwargs.get("inplace") or (name == "dropout" and node.args[3:4] == (True,)):
-        kwargs["inplace"] = False
-        node.args = node.args[:3] if name == "dropout" else node.args
-        return node.target, kwargs
-    if is_mutation(node) and name.endswith("_"):
-        plain = name[:-1]
-        known = kind_of(node) in (Kind.POINTWISE, Kind.DROPOUT)
-        if known and hasattr(torch.Tensor, plain):
-            return plain, kwargs
-        if known and hasattr(F, plain):
-            return getattr(F, plain), kwargs
-    return None
-
-
-class _Memory:
-    """Which nodes seen so far show the same memory, to know who could notice a write."""
-
-    def __init__(self, index: dict[fx.Node, int]) -> None:
-        self._index = index
-        self._root: dict[fx.Node, fx.Node] = {}
-        self._aliases: dict[fx.Node, list[fx.Node]] = {}
-
-    def add(self, node: fx.Node) -> None:
-        source = memory_shown_by(node)
-        root = node if source is None else self._root.get(source, source)
-        self._root[node] = root
-        self._aliases.setdefault(root, []).append(node)
-
-    def private_write(self, write: fx.Node) -> bool:
-        """Whether only readers of the written node itself can see the write."""
-        written = write.args[0]
-        assert isinstance(written, fx.Node)
-        root = self._root[written]
-        if root.op not in ("call_function", "call_method"):
-            return False
-        here = self._index[write]
-        return not any(
-            self._index.get(user, -1) > here
-            for alias in self._aliases[root]
-            if alias is not written
-            for user in alias.users
-        )
-
-
 # --- spellings of add ---------------------------------------------------------------------------
 
 
@@ -230,7 +139,7 @@ def _unify_adds(graph: fx.Graph, context: Context) -> int:
 
 
 def _add(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node | None:
-    if len(node.args) != 2 or not is_float_tensor(node):
+    if len(node.args) != 2 or not is_float_tensor(node) or "out" in node.kwargs:
         return None
     a, b = node.args
     for zero, kept in ((a, b), (b, a)):  # sum([x, y]) begins with 0 + x
@@ -245,7 +154,7 @@ def _add(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node | None:
 
 
 def _addcmul(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node | None:
-    if len(node.args) < 3 or not is_float_tensor(node):
+    if len(node.args) < 3 or not is_float_tensor(node) or "out" in node.kwargs:
         return None
     product = _call(graph, node, operator.mul, node.args[1:3], {})
     product = _scaled(graph, node, product, node.kwargs.get("value", 1))
@@ -253,7 +162,7 @@ def _addcmul(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node | None
 
 
 def _addmm(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node | None:
-    x = node.args[0] if len(node.args) >= 3 else None
+    x = node.args[0] if len(node.args) >= 3 and "out" not in node.kwargs else None
     if not isinstance(x, fx.Node) or not same_shape(x, node) or x.name in context.trainable:
         return None  # a weight of full shape is a bias, not a stream
     product = _call(graph, node, torch.matmul, node.args[1:3], {})

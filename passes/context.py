@@ -66,6 +66,7 @@ class Context:
 
     Attributes:
         options: what to build.
+        grad_enabled: whether gradients are recorded where the graph is entered.
         trainable: placeholders that are ``nn.Parameter`` (learned weights).
         owners: from the identity of each registered module of the model to its paths, the first
             of them the one to show; empty when unknown. Only these modules can own sites.
@@ -81,6 +82,7 @@ class Context:
     """
 
     options: Options
+    grad_enabled: bool = True
     trainable: frozenset[str] = frozenset()
     owners: Mapping[str, Sequence[str]] = field(default_factory=dict)
     declarations: dict[str, list[Declaration]] | None = None

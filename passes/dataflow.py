@@ -11,9 +11,23 @@ from collections.abc import Iterable
 import networkx as nx
 from torch import fx
 
-from .operators import Kind, holds_tensor, kind_of, op_name
+from .operators import Kind, holds_tensor, kind_of, op_name, value_of
 
-__all__ = ["DataFlow", "erase_dead_code", "is_mutation", "memory_shown_by", "unread", "written"]
+__all__ = [
+    "AFTER_WRITE",
+    "OTHER_MODE",
+    "DataFlow",
+    "erase_dead_code",
+    "is_mutation",
+    "memory_roots",
+    "memory_shown_by",
+    "unread",
+    "writes",
+    "written",
+]
+
+AFTER_WRITE, OTHER_MODE = "after_write", "in_another_mode"
+"""Names of functions that return their argument: it stands on two sides of something."""
 
 _WRITERS = frozenset({"setitem", "copy_", "fill_", "zero_"})
 
@@ -35,25 +49,40 @@ def memory_shown_by(node: fx.Node) -> fx.Node | None:
     """The node whose memory a node may show: views, writes, casts that change nothing."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
+    if kind_of(node) is Kind.CAST and _dtype(node) != _dtype(node.args[0]):
+        return None
     shows = kind_of(node) in (Kind.VIEW, Kind.CAST, Kind.DROPOUT) or op_name(node) in (
         "contiguous",
         "detach",
         "identity",
+        AFTER_WRITE,
+        OTHER_MODE,
     )
     return node.args[0] if shows or is_mutation(node) or node.kwargs.get("inplace") else None
 
 
-def written(graph: fx.Graph) -> frozenset[fx.Node]:
-    """The nodes that show memory into which something writes."""
+def _dtype(node: fx.Node) -> object:
+    return getattr(value_of(node), "dtype", None)
+
+
+def memory_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """From every node to the first that shows the memory which it may show."""
     root: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         source = memory_shown_by(node)
         root[node] = node if source is None else root[source]
-    roots = {root[node] for node in graph.nodes if _writes(node)}
+    return root
+
+
+def written(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The nodes that show memory into which something writes."""
+    root = memory_roots(graph)
+    roots = {root[node] for node in graph.nodes if writes(node)}
     return frozenset(node for node in graph.nodes if root[node] in roots)
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
+    """Whether a node writes into memory that its first argument shows."""
     in_place = node.kwargs.get("inplace") or (op_name(node) == "dropout" and True in node.args[3:4])
     return bool(in_place or (is_mutation(node) and node.args))
 
@@ -108,12 +137,11 @@ class DataFlow:
                 last = written.get(root.get(source, source))
                 if last is not None:
                     self.flow.add_edge(last, node)
-            if kind is Kind.VIEW and inputs:
-                root[node] = root.get(inputs[0], inputs[0])
-            if is_mutation(node) and inputs:
-                target = root.get(inputs[0], inputs[0])
-                written[target] = node
-                root[node] = target
+            shown = memory_shown_by(node)
+            if shown is not None:
+                root[node] = root.get(shown, shown)
+            if writes(node) and inputs:
+                written[root.get(node, node)] = node
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """The tensors that a node reads, writes into them included."""

@@ -39,6 +39,7 @@ from ..kernels import ops  # noqa: F401  (registers mhc::matmul)
 from .context import Context, PassResult
 from .dataflow import erase_dead_code, unread, written
 from .fake import Writer
+from .modes import is_read_in_another_mode, kept_apart
 from .norms import RMSNorm, rms_norm_of
 from .operators import Kind, dtype_of, is_float_tensor, kind_of, op_name, same_sizes, shape_of
 
@@ -64,9 +65,17 @@ class _Product:
 
 def defer_norm(gm: fx.GraphModule, context: Context) -> PassResult:
     """Defer every norm that may be deferred; the notes say what became of the user's own."""
-    effects, overwritten = unread(gm.graph), written(gm.graph)
+    with kept_apart(gm.graph, context.grad_enabled):
+        done = _defer_all(gm.graph, context)
+    changed = any(note.endswith("deferred") for note in done)
+    return PassResult(gm, changed, [f"{count} {note}" for note, count in done.items()])
+
+
+def _defer_all(graph: fx.Graph, context: Context) -> Counter[str]:
+    """Defer what may be deferred; what became of each norm, counted."""
+    effects, overwritten = unread(graph), written(graph)
     done: Counter[str] = Counter()
-    for node in list(gm.graph.nodes):
+    for node in list(graph.nodes):
         norm = rms_norm_of(node)
         if norm is None or not node.users:
             continue
@@ -74,14 +83,13 @@ def defer_norm(gm: fx.GraphModule, context: Context) -> PassResult:
         mapping = all(p is not None and p.node.target is _MAPPING for p in products)
         if not (mapping or context.options.defer_norms):
             continue
-        obstacle = _obstacle(norm, products, overwritten)
+        obstacle = _obstacle(norm, products, overwritten, is_read_in_another_mode(node))
         if obstacle is None:
             _defer(node, norm, [p for p in products if p is not None])
         done[f"of {'mappings' if mapping else 'norms'} {obstacle or 'deferred'}"] += 1
-    changed = any(note.endswith("deferred") for note in done)
-    if changed:
-        erase_dead_code(gm.graph, keep=effects)
-    return PassResult(gm, changed, [f"{count} {note}" for note, count in done.items()])
+    if any(note.endswith("deferred") for note in done):
+        erase_dead_code(graph, keep=effects)
+    return done
 
 
 def _products(value: fx.Node, scales: tuple[fx.Node, ...]) -> Iterator[_Product | None]:
@@ -116,12 +124,19 @@ def _scale(node: fx.Node, value: fx.Node) -> fx.Node | None:
 
 
 def _obstacle(
-    norm: RMSNorm, products: list[_Product | None], overwritten: frozenset[fx.Node]
+    norm: RMSNorm,
+    products: list[_Product | None],
+    overwritten: frozenset[fx.Node],
+    elsewhere: bool,
 ) -> str | None:
-    """Why a norm with these readers stays; None if nothing is in the way."""
+    """Why a norm with these readers stays; None if nothing is in the way.
+
+    Args:
+        elsewhere: whether something reads it in another mode than its own.
+    """
     found = [p for p in products if p is not None]
     if len(found) < len(products):
-        return "kept: not only matmuls read them"
+        return f"kept: {'read in another mode' if elsewhere else 'not only matmuls read them'}"
     if not overwritten.isdisjoint([norm.x, *(scale for p in found for scale in p.scales)]):
         return "kept: what they read is written in place, perhaps before the products read it"
     dtypes = {(dtype_of(p.left), dtype_of(p.node)) for p in found}

@@ -36,8 +36,9 @@ from torch import fx
 from . import layout
 from .canonicalize import INLINED
 from .context import Context, Declaration, PassResult
-from .dataflow import DataFlow, is_mutation
+from .dataflow import DataFlow, is_mutation, written
 from .errors import ChainBrokenError, UnsupportedError
+from .modes import Modes
 from .operators import Kind, is_float_tensor, kind_of, op_name, same_shape, shape_of, value_of
 from .sites import (
     Detection,
@@ -84,6 +85,8 @@ class _Detector:
     def __init__(self, graph: fx.Graph, context: Context) -> None:
         self.context = context
         self.flow = DataFlow(graph)
+        self.modes = Modes(graph, context.grad_enabled)
+        self.written = written(graph)
         # What was declared is a site in every graph, whatever that graph returns.
         self.used = self.flow.used() if context.declarations is None else set(self.flow.order)
         self.up: dict[fx.Node, fx.Node] = {}
@@ -116,7 +119,7 @@ class _Detector:
     def _visit_streamwise(self, node: fx.Node) -> None:
         """Note from which operand a node carries streams, and where those begin."""
         self.base[node] = node
-        if not is_float_tensor(node) or self._is_written(node) or self._is_recurrent(node):
+        if not is_float_tensor(node) or node in self.written or self._is_recurrent(node):
             return
         candidates = streamwise_operands(node)
         if not candidates:
@@ -148,9 +151,6 @@ class _Detector:
     def _is_weight(self, node: fx.Node) -> bool:
         return node.name in self.context.trainable
 
-    def _is_written(self, node: fx.Node) -> bool:
-        return any(is_mutation(u) and u.args and u.args[0] is node for u in node.users)
-
     def _is_global(self, node: fx.Node, base: fx.Node) -> bool:
         """Whether a scalar is a reduction over the whole stream (``isinf(x).any()``).
 
@@ -159,6 +159,9 @@ class _Detector:
         return is_reduction_of(self.flow, node, base)
 
     def _visit_add(self, node: fx.Node) -> None:
+        if is_mutation(node) or "out" in node.kwargs:
+            self._reject(node, Reason.IN_PLACE)
+            return
         a, b = _operands(node)
         if not (same_shape(a, node) and same_shape(b, node)):
             self._reject(node, Reason.BROADCAST)
@@ -173,6 +176,11 @@ class _Detector:
             self._reject(node, choice)
             return
         skip, x, path = choice
+        if not self._in_one_mode(x, adds):
+            for add in adds:
+                self.sites.pop(add, None)
+                self._reject(add, Reason.MODE)
+            return
         branch = [t for t in terms if t is not skip]
         self._go_along([*path, x])
         self.base[node] = node
@@ -180,6 +188,14 @@ class _Detector:
         for inner in adds[:-1]:
             self.sites.pop(inner, None)
             self._reject(inner, Reason.PART_OF_SITE)
+
+    def _in_one_mode(self, x: fx.Node, adds: list[fx.Node]) -> bool:
+        """Whether a connection can take the place of some adds on what is recorded of them.
+
+        Its coefficients are computed where x is, or anywhere between x and the sum.
+        """
+        summed = {(m.grad, m.others) for m in map(self.modes.of, adds)}
+        return len(summed) == 1 and self.modes.of(x).others == self.modes.of(adds[0]).others
 
     def _gather_terms(self, node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
         """The terms of the sum that ends in ``node``, in order, and its adds (``node`` last)."""
@@ -649,7 +665,7 @@ def is_reduction_of(flow: DataFlow, node: fx.Node, state: fx.Node) -> bool:
 def _is_add(node: fx.Node) -> bool:
     return (
         node.op in ("call_function", "call_method")
-        and op_name(node) in ("add", "iadd")
+        and op_name(node) in ("add", "iadd", "add_")
         and len(node.args) == 2
         and all(is_float_tensor(a) for a in node.args)
         and is_float_tensor(node)

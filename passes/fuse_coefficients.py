@@ -43,6 +43,7 @@ from .mapping import (
     require_one_tag,
 )
 from .match import Region, close, evaluate_down, grow, random, strip_casts, way_up
+from .modes import behind_switches, is_read_in_another_mode, kept_apart
 from .operators import Kind, dtype_of, is_float_tensor, kind_of, op_name, same_sizes, shape_of
 from .sites import Reason, Rejected, Site, location_of, stack_of
 from .token_rules import TOKENS, Known, Value
@@ -57,6 +58,11 @@ _PRE, _POST, _RES = range(3)
 
 def fuse_coefficients(gm: fx.GraphModule, context: Context) -> PassResult:
     """Fuse every mapping that is one, then what its coefficients are applied to."""
+    with kept_apart(gm.graph, context.grad_enabled):
+        return _fuse(gm, context)
+
+
+def _fuse(gm: fx.GraphModule, context: Context) -> PassResult:
     effects = unread(gm.graph)
     report = _Report()
     fused = [_fuse_mapping(m, context, report) for m in mappings(gm.graph)]
@@ -259,7 +265,9 @@ class _Products:
                 self.left.append(node)
         if not region.found:
             first = next(iter(self.seeds))
-            site.remarks.append(report.refuse(what, "not found behind its coefficients", first))
+            elsewhere = any(map(is_read_in_another_mode, region.known))
+            reason = "read in another mode" if elsewhere else "not found behind its coefficients"
+            site.remarks.append(report.refuse(what, reason, first))
         return found
 
     @staticmethod
@@ -346,7 +354,7 @@ def _own_site(made: _Coefficients, before: Sequence[Site]) -> Site:
     reading = made.reading
     X, _, alpha, bias, *_ = made.operator.args
     assert isinstance(X, fx.Node)
-    node = made.X or made.operator
+    X, node = behind_switches(X), made.X or made.operator
     source = way_up(X)[-1]
     previous = next((s for s in before if s.node is source), None)
     owner, name = place_of(reading.mapping.y)
@@ -356,7 +364,7 @@ def _own_site(made: _Coefficients, before: Sequence[Site]) -> Site:
         x=X,
         skip=X,
         skip_path=[],
-        branch=[made.f] if made.f is not None else [],
+        branch=[behind_switches(made.f)] if made.f is not None else [],
         adds=[node],
         previous=previous,
         owner=owner,

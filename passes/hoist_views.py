@@ -21,6 +21,7 @@ from ..kernels import site_ops  # noqa: F401  (registers the operators)
 from .context import Context, PassResult
 from .dataflow import written
 from .fake import Writer
+from .modes import kept_apart
 from .operators import op_name, same_sizes, shape_of
 
 __all__ = ["hoist_views"]
@@ -30,8 +31,15 @@ _POST_RES = torch.ops.mhc.post_res.default
 
 def hoist_views(gm: fx.GraphModule, context: Context) -> PassResult:
     """Move every view of tokens that alone reads a post_res in front of it."""
-    overwritten, moved = written(gm.graph), 0
-    for node in list(gm.graph.nodes):
+    with kept_apart(gm.graph, context.grad_enabled):
+        moved = _hoist_all(gm.graph)
+    notes = [f"{moved} views of tokens moved in front of mhc.post_res"] if moved else []
+    return PassResult(gm, bool(moved), notes)
+
+
+def _hoist_all(graph: fx.Graph) -> int:
+    overwritten, moved = written(graph), 0
+    for node in list(graph.nodes):
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or source.target is not _POST_RES:
             continue
@@ -39,8 +47,7 @@ def hoist_views(gm: fx.GraphModule, context: Context) -> PassResult:
         if _reshapes_tokens(node, source) and len(source.users) == 1 and not touched:
             _hoist(node, source)
             moved += 1
-    notes = [f"{moved} views of tokens moved in front of mhc.post_res"] if moved else []
-    return PassResult(gm, bool(moved), notes)
+    return moved
 
 
 def _reshapes_tokens(node: fx.Node, streams: fx.Node) -> bool:

@@ -23,6 +23,7 @@ from ..kernels.variants import Variant
 from .fake import Writer
 from .identify import Met, Refused, Roles, oracle_of, residuals
 from .match import Region, evaluate_down, grow, strip_casts, way_up
+from .modes import is_read_in_another_mode
 from .norms import rms_norm_of, root_mean_square
 from .operators import (
     Kind,
@@ -261,6 +262,8 @@ class _Reader:
         y = self.oracle.y if self.eps is None else self.oracle.mapped
         region = grow({self.mapping.y: Value(y, self.lead)}, self._bind)
         if not any(self._is_small(region.known[member]) for member in region.members):
+            if is_read_in_another_mode(self.mapping.y):
+                raise Refused("it is read in another mode than its own", Reason.OWN_MODE)
             return None  # some other product of the user's with as many columns
         if self.eps is None:
             raise Refused("it is not divided by the rms of the flattened streams", Reason.OWN_NORM)
@@ -269,7 +272,12 @@ class _Reader:
             raise Refused("some of its values are written in place", Reason.OWN_PLACE)
         oracle = self.oracle.assuming(self.parameters.scales(), self.parameters.biased())
         roles = Roles(region, oracle, shape_of(self.mapping.y)[:-1], self.dtype)
-        variant = roles.variant()
+        try:
+            variant = roles.variant()
+        except Refused:
+            if any(map(is_read_in_another_mode, [self.mapping.y, *region.members])):
+                raise Refused("a part is read in another mode", Reason.OWN_MODE) from None
+            raise
         self._require_uniform(region, roles)
         return Reading(self.mapping, variant, self.eps, roles.chosen, self.parameters)
 

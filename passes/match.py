@@ -105,7 +105,8 @@ def grow(
             continue
         seen.add(node)
         if kind_of(node) is Kind.OTHER or not has_rule(node):
-            written = written or (is_mutation(node) and node.args[0] in known)
+            seen_elsewhere = node.meta.get("is_written", False)  # by what reads it in another mode
+            written = written or seen_elsewhere or (is_mutation(node) and node.args[0] in known)
             continue
         for operand in node.all_input_nodes:
             if operand not in known and holds_tensor(operand):

@@ -28,8 +28,10 @@ from .context import Context, PassResult
 from .dataflow import erase_dead_code, unread
 from .fake import Writer
 from .identify import residuals
+from .in_place import join_versions
 from .mapping import is_widened, mapping_of, place_of
-from .match import is_view, strip_casts
+from .match import is_view, strip_casts, way_up
+from .modes import in_another_mode, kept_apart
 from .operators import (
     Kind,
     dtype_of,
@@ -52,6 +54,12 @@ _MOST_STREAMS = 16
 
 def recognize(gm: fx.GraphModule, context: Context) -> PassResult:
     """Respell the projections of a model's own connections; record those that are none of ours."""
+    join_versions(gm.graph)
+    with kept_apart(gm.graph, context.grad_enabled):
+        return _recognize(gm, context)
+
+
+def _recognize(gm: fx.GraphModule, context: Context) -> PassResult:
     found = write_backs(gm.graph)
     if not found:
         return PassResult(gm, changed=False)
@@ -113,12 +121,20 @@ def _groups(products: list[fx.Node]) -> Iterator[list[fx.Node]]:
         if mapping_of(node) is not None:
             groups.setdefault(strip_casts(_data(node)), []).append(node)
     for group in groups.values():
+        if any(_is_switched(node) for node in group):
+            continue
         n = mapping_of(group[0]).n  # type: ignore[union-attr]
         sizes = [_columns(node) for node in group]
         whole = residuals(n, sum(sizes) - 2 * n)
         same = len({(dtype_of(node), dtype_of(_data(node))) for node in group}) == 1
         if len(group) in (2, 3) and sizes.count(n) >= 2 and whole and same:
             yield group
+
+
+def _is_switched(product: fx.Node) -> bool:
+    """Whether φ is brought to its form in another mode than the product's."""
+    phi: Any = product.args[1]
+    return any(node.target is in_another_mode for node in way_up(phi))
 
 
 def _data(product: fx.Node) -> fx.Node:
@@ -268,10 +284,14 @@ def _sum_behind(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """The addition that reads a node behind views and casts, and the term that it reads."""
     while True:
         added = next((u for u in node.users if op_name(u) == "add"), None)
-        shown = [u for u in node.users if kind_of(u) in (Kind.VIEW, Kind.CAST)]
+        shown = [u for u in node.users if _shows_again(u)]
         if added is not None or len(shown) != 1:
             return node, added
         node = shown[0]
+
+
+def _shows_again(node: fx.Node) -> bool:
+    return kind_of(node) in (Kind.VIEW, Kind.CAST) or node.target is in_another_mode
 
 
 def _above(
@@ -320,6 +340,8 @@ def _difference(found: WriteBack) -> tuple[Reason, str]:
     data = [_data(product) for product in found.products]
     way = _above(data, stop=_is_product)
     normalised = {_normalised(node) for node in way}
+    if any(node.target is in_another_mode for node in way):
+        return Reason.OWN_MODE, "its projection and its streams are computed in different modes"
     alone = []
     if width in normalised and n * width not in normalised:
         alone.append("normalised")

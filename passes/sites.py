@@ -14,7 +14,7 @@ __all__ = ["Detection", "Reason", "Rejected", "Site", "identity_of", "location_o
 class Reason(enum.StrEnum):
     """Why an add of two floating-point tensors is not rewritten.
 
-    The last six are for models that were written with hyper-connections.
+    The last seven are for models that were written with hyper-connections.
     """
 
     BROADCAST = "the operands have different shapes"
@@ -29,6 +29,8 @@ class Reason(enum.StrEnum):
     SHARED_BRANCH = "the branch shares its input with the branch of another site"
     CHAIN_OF_ONE = "the only site of its chain: its streams would be equal and averaged at once"
     UNUSED = "nothing that the model returns or writes is computed from it"
+    IN_PLACE = "written in place into memory that something else shows, or in part"
+    MODE = "its operations run in different modes (no_grad, inference_mode, ...)"
     CONTROL_FLOW = "inside the body of a control-flow operator"
     LAYOUT = "the channel axis is lost on the way to the next site"
     UNDECLARED = "not a site when the model was transformed"
@@ -39,6 +41,7 @@ class Reason(enum.StrEnum):
     OWN_COEFFICIENTS = "a hyper-connection whose coefficients are those of no known variant"
     OWN_PRECISION = "a hyper-connection that rounds where our operators do not"
     OWN_PLACE = "a hyper-connection whose parts are written in place or recomputed apart"
+    OWN_MODE = "a hyper-connection whose parts run in different modes (no_grad, autocast, ...)"
 
 
 @dataclass(eq=False)

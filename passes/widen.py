@@ -26,6 +26,8 @@ from .context import Context, PassResult
 from .dataflow import DataFlow, erase_dead_code, unread
 from .detect import is_reduction_of
 from .fake import INHERITED, set_example_value
+from .in_place import join_versions
+from .modes import Modes
 from .operators import Kind, holds_tensor, kind_of, value_of
 from .sites import Detection, Site
 from .streamwise import apply_streamwise, lay_as, transfer_axis
@@ -40,6 +42,7 @@ def widen(gm: fx.GraphModule, context: Context) -> PassResult:
         return PassResult(gm, changed=False, notes=["no sites in this graph"])
     effects = unread(gm.graph)
     _Widener(gm.graph, detection, context).run()
+    join_versions(gm.graph)
     erase_dead_code(gm.graph, keep=effects)
     streams = f"{len(detection.chains)} chains of {context.options.n} streams"
     return PassResult(gm, changed=True, notes=[f"{len(detection.sites)} sites widened, {streams}"])
@@ -57,6 +60,7 @@ class _Widener:
         self.options = context.options
         self.tracer = fx.proxy.GraphAppendingTracer(graph)
         self.flow = DataFlow(graph)
+        self.modes = Modes(graph, context.grad_enabled)
         self.site_at = {site.node: site for site in detection.sites}
         self.regions = {s: self.flow.region(s.x, s.branch) for s in detection.sites}
         self.heads = {c[0].chain: c[-1].parameters[3:] for c in detection.chains}
@@ -66,6 +70,8 @@ class _Widener:
         for site in self.sites:
             self.reading.setdefault(site.x, []).append(site)
         self.branch_inputs: dict[fx.Node, Site] = {}  # a marker -> the site whose branch begins
+        self.stream_starts: dict[fx.Node, Site] = {}  # a marker behind x -> the site that reads x
+        self.unrecorded: set[fx.Node] = set()  # markers under no_grad, though the site is not
         self.inputs: dict[fx.Node, fx.Node] = {}  # a marker -> h
         self.streams: dict[fx.Node, fx.Node] = {}  # a state -> its n streams [..., n, C]
         self.origin: dict[fx.Node, tuple[Site, int]] = {}  # a state -> a site, its channel axis
@@ -77,7 +83,9 @@ class _Widener:
         for site in sorted(self.sites, key=lambda s: -self.flow.index[s.node]):
             self._mark_branch(site)
         for node in list(self.graph.nodes):
-            if node in self.branch_inputs:
+            if node in self.stream_starts:
+                self._start(node, self.stream_starts[node])
+            elif node in self.branch_inputs:
                 self._open_site(node, self.branch_inputs[node])
             elif node in self.site_at:
                 self._close_site(self.site_at[node])
@@ -90,12 +98,16 @@ class _Widener:
     def _mark_branch(self, site: Site) -> None:
         """Put a marker between x and the operations of F that read it."""
         region = self.regions[site]
-        with self.graph.inserting_after(_last_input(self.graph, site.x)):
+        readers = [u for u in site.x.users if u in region and u not in site.skip_path]
+        with self._where_branch_begins(site, readers):
             mark = self.graph.call_function(branch_input, (site.x,))
         mark.meta = dict(site.x.meta)
-        for user in list(site.x.users):
-            if user in region and user not in site.skip_path:
-                user.replace_input_with(site.x, mark)
+        self.modes.set(mark, self.modes.of(mark.prev))
+        recorded = any(self.modes.of(node).grad for node in (site.node, *readers))
+        if recorded and not self.modes.of(mark).grad:
+            self.unrecorded.add(mark)
+        for user in readers:
+            user.replace_input_with(site.x, mark)
         self.branch_inputs[mark] = site
         inside = [s for s in self.reading[site.x] if s is not site and s.node in region]
         for inner in inside:
@@ -104,12 +116,34 @@ class _Widener:
         self.reading[mark] = inside
         site.branch = [mark if term is site.x else term for term in site.branch]
 
+    def _where_branch_begins(self, site: Site, readers: list[fx.Node]) -> Any:
+        """Behind x, or in front of F where the sum is in another mode than x.
+
+        There the site's coefficients get gradients though x was computed under ``no_grad``.
+        """
+        mode, first = self.modes.of(site.node), min(readers, default=site.node)
+        behind = _last_input(self.graph, site.x)
+        if self.modes.of(site.x) == mode or self.modes.of(first).others != mode.others:
+            return self.graph.inserting_after(behind)
+        with self.graph.inserting_after(behind):
+            start = self.graph.call_function(branch_input, (site.x,))
+        start.meta = dict(site.x.meta)
+        self.modes.set(start, self.modes.of(site.x))
+        self.stream_starts[start] = site
+        return self.graph.inserting_before(first)
+
+    def _start(self, mark: fx.Node, site: Site) -> None:
+        """The first streams of a chain, in the mode of x."""
+        with self._writing(before=mark, like=site.node):
+            self._streams_at_start(site)
+        self.graph.erase_node(mark)
+
     # --- one site: open where x is known, close where F is ------------------------------------
 
     def _open_site(self, mark: fx.Node, site: Site) -> None:
         """Coefficients and the branch's input: everything that needs X and not F."""
         dtype = _dtype(site.x)
-        with self._writing(before=mark, like=site.node):
+        with self._writing(before=mark, like=site.node, recorded=mark in self.unrecorded):
             streams = self._proxy(self._streams_at_start(site))
             h: Any
             if site.excluded:
@@ -265,19 +299,27 @@ class _Widener:
         return lay_as(state, single)
 
     @contextmanager
-    def _writing(self, *, before: fx.Node, like: fx.Node) -> Iterator[None]:
+    def _writing(self, *, before: fx.Node, like: fx.Node, recorded: bool = False) -> Iterator[None]:
         """Nodes written inside stand before a node, with the origin and recompute tags of another.
 
         Autocast around them needs no care: the functions of ``reference`` keep their precision.
+
+        Args:
+            recorded: whether gradients have to be switched on for them.
         """
         previous = before.prev
         with self.graph.inserting_before(before):
+            if recorded:
+                previous = self.graph.call_function(self.modes.set_grad, (True,))
             yield
         node = previous.next
         while node is not before:
             node.meta.update({k: like.meta[k] for k in INHERITED if k in like.meta})
             set_example_value(node)
             node = node.next
+        if recorded:
+            with self.graph.inserting_before(before):
+                self.graph.call_function(self.modes.set_grad, (False,))
 
 
 def _steps(detection: Detection) -> dict[fx.Node, fx.Node]:

@@ -368,6 +368,63 @@ MUTATIONS = [
         ("channels and streams may change places", "same_sizes(shape[-2:], rows)", "True"),
         ("streams may be flattened with tokens", "0 <= d < axes", "0 <= d"),
     ),
+    *_of(
+        "test_modes.py",
+        "modes.py",
+        (
+            "the end of an autocast region is not seen",
+            "return replace(mode, autocast=before.autocast)",
+            "return mode",
+        ),
+        (
+            "what is computed under no_grad counts as recorded",
+            "return replace(mode, grad=bool(entered))",
+            "return mode",
+        ),
+    ),
+    *(
+        mutation
+        for file, what in (
+            ("canonicalize.py", "an RMSNorm"),
+            ("recognize.py", "projections"),
+            ("defer_norm.py", "a norm and its products"),
+            ("fuse_coefficients.py", "a connection"),
+            ("hoist_views.py", "a view and a connection"),
+        )
+        for mutation in _of(
+            "test_modes.py",
+            file,
+            (
+                f"{what} may stand in two modes",
+                "with kept_apart(gm.graph, context.grad_enabled):",
+                "if True:",
+            ),
+        )
+    ),
+    *_of(
+        "test_modes.py",
+        "detect.py",
+        ("a sum in two modes is a site", "if not self._in_one_mode(x, adds):", "if False:"),
+    ),
+    *_of(
+        "test_modes.py",
+        "widen.py",
+        (
+            "coefficients behind a branch under no_grad get no gradient",
+            "if recorded and not self.modes.of(mark).grad:",
+            "if False:",
+        ),
+        (
+            "the coefficients of a site are computed in the mode of x",
+            "if self.modes.of(site.x) == mode or self.modes.of(first).others != mode.others:",
+            "if True:",
+        ),
+        (
+            "gradients stay on behind coefficients",
+            "self.graph.call_function(self.modes.set_grad, (False,))",
+            "pass",
+        ),
+    ),
 ]
 
 

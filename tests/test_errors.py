@@ -249,12 +249,86 @@ class LayerDrop(Broken):
         return self.head(self.ln_f(x))
 
 
-@pytest.mark.parametrize("make", [Item, If, LayerDrop])
+class Positions(nn.Embedding):
+    """No tensor goes in: what comes out is fake in a capture of its own."""
+
+    def forward(self, length):
+        return super().forward(torch.arange(length))
+
+
+class LayerDropBehindPositions(LayerDrop):
+    """The frame with the loop runs by itself, its embeddings are captured."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = Positions(16, WIDTH)
+
+    def embed(self, ids):
+        return self.wte(ids)
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.positions(ids.shape[-1])
+        for block in self.h:
+            if self.training and torch.rand([]) < 0.5:
+                continue
+            x = block(x)
+        return self.head(self.ln_f(x))
+
+
+@pytest.mark.parametrize("make", [Item, If, LayerDrop, LayerDropBehindPositions])
 def test_a_branch_on_a_tensor_says_what_to_write_instead(make):
     model = make()
     message = rf"{make.__name__} depends on the value of a tensor at {HERE}:\d+.*mask.*layerdrop=0"
     with untouched(model, ids()), pytest.raises(GraphBreakError, match=message):
         mhc_compile.transform(model, example_inputs=(ids(),))
+
+
+class BreakBehindPositions(GPT):
+    """A break outside the streams: the same two kinds of fake tensors, and nothing is wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = Positions(16, WIDTH)
+
+    def forward(self, ids):
+        positions = self.positions(ids.shape[-1])
+        torch._dynamo.graph_break()
+        x = self.wte(ids) + positions
+        for block in self.h:
+            x = block(x)
+        return self.head(self.ln_f(x))
+
+
+def test_what_a_graph_without_inputs_computes_is_fake_like_the_rest():
+    assert_moves(BreakBehindPositions)
+
+
+def assert_moves(make):
+    """Transformed, perturbed, another function of which everything has a gradient."""
+    model = make().double()
+    plain = copy.deepcopy(model)
+    mhc_compile.transform(model, example_inputs=(ids(),))
+    assert relative(model(ids()), plain(ids())) < 1e-12
+    perturb(model)
+    assert relative(model(ids()), plain(ids())) > 1e-2
+    model(ids()).square().sum().backward()
+    assert all(p.grad.norm() > 0 for p in mhc_compile.parameters(model))
+
+
+@pytest.mark.parametrize("make", [LayerDrop, LayerDropBehindPositions])
+def test_layers_that_are_dropped_only_in_training_raise_there(make):
+    """In eval nothing is dropped: right; the first call in training says what to write."""
+    model = make().eval()
+    plain = copy.deepcopy(model)
+    mhc_compile.transform(model, example_inputs=(ids(),))
+    torch.testing.assert_close(model(ids()), plain(ids()))
+    with torch.no_grad():
+        for parameter in mhc_compile.parameters(model):
+            parameter.normal_()
+    assert (model(ids()) - plain(ids())).norm() > 1e-2 * plain(ids()).norm()
+    with pytest.raises(ChainBrokenError, match=rf"broke the graph at {HERE}:\d+.*layerdrop=0"):
+        model.train()(ids())
+    assert (model.eval()(ids()) - plain(ids())).norm() > 1e-2 * plain(ids()).norm()
 
 
 class PythonLayerDrop(LayerDrop):

@@ -27,8 +27,8 @@ class Program(nn.Module):
         self.scale = nn.Parameter(torch.rand(WIDTH) + 0.5)
         self.function = function
 
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(self, *inputs)
 
 
 def stream(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""widen: the n-stream graph computes what the paper's formulas say, written out here again."""
+"""widen: the n-stream graph computes what the paper's formulas say, written out in `recurrence`."""
 
 from __future__ import annotations
 
@@ -8,47 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import mhc_compile
 
 from .graphs import WIDTH, Program, stream
-
-N = 3
-
-
-def sinkhorn(logits: Tensor) -> Tensor:
-    m = torch.exp(logits - logits.amax((-2, -1), keepdim=True))
-    for _ in range(20):
-        m = m / m.sum(-2, keepdim=True)
-        m = m / m.sum(-1, keepdim=True)
-    return m
-
-
-def connect(X: Tensor, p) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients of a site, from streams `[..., n, C]` (P eq. 14-19)."""
-    x = X.flatten(-2)
-    y = x @ p.phi / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-    a, b = p.alpha, p.bias
-    pre = torch.sigmoid(a[0] * y[..., :N] + b[:N])
-    post = 2 * torch.sigmoid(a[1] * y[..., N : 2 * N] + b[N : 2 * N])
-    res = (a[2] * y[..., 2 * N :] + b[2 * N :]).unflatten(-1, (N, N))
-    return pre, post, sinkhorn(res)
-
-
-def site(X: Tensor, p, branch, skip=lambda S: S) -> Tensor:
-    """X' = H_res skip(X) + H_post^T F(H_pre X); `skip` acts on every stream."""
-    pre, post, res = connect(X, p)
-    f = branch(torch.einsum("...n,...nc->...c", pre, X))
-    return torch.einsum("...ij,...jc->...ic", res, skip(X)) + post[..., None] * f[..., None, :]
-
-
-def expand(x: Tensor) -> Tensor:
-    return torch.stack([x] * N, -2)
-
-
-def norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, (WIDTH,))
+from .recurrence import N, expand, leaves, norm, perturb, perturbed, site
 
 
 def plain_pre(m, x):
@@ -133,20 +97,6 @@ CASES = {
     "a chain inside a branch": (plain_nested, truth_nested),
     "a mask over samples": (plain_masked, truth_masked),
 }
-
-
-def perturbed(plain) -> tuple[Program, Tensor]:
-    model = Program(plain).double()
-    x = stream().double().requires_grad_()
-    mhc_compile.transform(model, n=N, example_inputs=(x,))
-    with torch.no_grad():
-        for p in mhc_compile.parameters(model):
-            p.add_(0.7 * torch.randn_like(p))
-    return model, x
-
-
-def leaves(value) -> list[Tensor]:
-    return list(value) if isinstance(value, tuple) else [value]
 
 
 RESHAPED = {
@@ -319,9 +269,7 @@ def test_channels_first_streams_mix_over_positions() -> None:
     model = Program(plain).double()
     x = stream(2, WIDTH, 5, 4).double()
     mhc_compile.transform(model, n=N, example_inputs=(x,))
-    with torch.no_grad():
-        for p in mhc_compile.parameters(model):
-            p.add_(0.7 * torch.randn_like(p))
+    perturb(model)
     torch.testing.assert_close(model(x), truth(model, x), rtol=1e-11, atol=1e-11)
 
 
