@@ -3,8 +3,11 @@
 // Tokens are taken in chunks whose X stays in the cache. Within a chunk, first by groups of tokens,
 // from end to end: the gradients of H_pre, through the chain to dy, the gradient of x⃗ φ, then dX,
 // and in a seam the post_res before it. Then by channels: dφ, which every thread sums over the
-// tokens of its own channels. So dφ needs no partial sums, and its order of summation does not
-// depend on the number of threads.
+// tokens of its own channels. So its order of summation does not depend on the number of threads.
+//
+// Sums over tokens are sums of sums: over the tokens of a chunk, then over chunks, and there with
+// what each addition loses kept beside the total. So their error does not grow with the number of
+// chunks.
 #pragma once
 
 #include "site.h"
@@ -25,7 +28,7 @@ constexpr int DEEP = 64;
 constexpr int dX_TOKENS = 4;
 constexpr int dX_VECTORS = REGISTERS == 32 ? 4 : 2;
 
-// Tokens whose sums of dφ are made together; those of the next are added to them. So many that X
+// Tokens whose sums are made together, and then added to those of earlier chunks. So many that X
 // stays in the cache, but enough for the time to read and write dφ. Never a function of the threads.
 static int64_t chunk_of(int64_t width) {
     constexpr int64_t BYTES = 4 << 20, FEWEST = 256, MOST = 512;
@@ -36,6 +39,8 @@ static int64_t chunk_of(int64_t width) {
 // Where the parts of the workspace lie.
 struct Workspace {
     K *phi_T;   // [units, columns, UNIT]: φ by columns
+    K *lost;    // [N C, columns]: what dφ has lost by rounding
+    K *dphi;    // [threads, UNIT, columns]: of the tokens of a chunk
     K *dX2;     // [threads, GROUP, N C], of a seam only
     K *dH_pre;  // the rest for the tokens of a chunk: [chunk, N]
     K *dy;      // [chunk, stride]
@@ -55,6 +60,8 @@ static Workspace layout(K *start, int threads, int64_t C, int columns, bool seam
     };
     Workspace w;
     w.phi_T = part(units * columns * UNIT);
+    w.lost = part(N * C * columns);
+    w.dphi = part(threads * UNIT * columns);
     w.dX2 = part(seam ? threads * GROUP * N * C : 0);
     w.dH_pre = part(chunk * N);
     w.dy = part(chunk * round_up(columns, CW));
@@ -179,11 +186,14 @@ static void group_backward(const Backward &b, int64_t t, int64_t g, int64_t toke
     }
 }
 
-// dφ of one unit from `tokens` tokens from `begin`.
+// dφ of one unit from `tokens` tokens from `begin`, added to that of the tokens before.
 static void dphi_of_unit(const Backward &b, const Unit &unit, int64_t begin, int64_t tokens,
-                         K *dphi) {
+                         K *dphi, bool is_last) {
     alignas(64) K X[DEEP * UNIT];
     const int64_t width = N * b.C, channels = unit.end - unit.begin;
+    const int64_t first = unit.first * b.columns, count = channels * b.columns;
+    K *of_chunk = b.w.dphi + thread_number() * UNIT * b.columns;
+    for (int64_t k = 0; k < count; ++k) of_chunk[k] = 0;
     for (int64_t g = 0; g < tokens; g += DEEP) {
         const int64_t depth = smaller(DEEP, tokens - g);
         const Stream *rows = b.X + (begin + g) * width + unit.first;
@@ -197,9 +207,15 @@ static void dphi_of_unit(const Backward &b, const Unit &unit, int64_t begin, int
             next_rows += calls * width;
             return lines;
         };
-        multiply_all<1, UNIT>(X, channels, b.w.dy + g * b.dy_stride, b.dy_stride, depth,
-                              dphi + unit.first * b.columns, b.columns, b.columns, next);
+        multiply_all<1, UNIT>(X, channels, b.w.dy + g * b.dy_stride, b.dy_stride, depth, of_chunk,
+                              b.columns, b.columns, next);
     }
+    over_channels(0, count, [&](int64_t k, auto width) LAMBDA {
+        V total = load(dphi + first + k, width), lost = load(b.w.lost + first + k, width);
+        add_exactly(total, lost, load(of_chunk + k, width));
+        store(dphi + first + k, is_last ? rounded(total, lost) : total, width);
+        store(b.w.lost + first + k, lost, width);
+    });
 }
 
 // With dh also the backward of pre (dH_pre is then ⟨dh, X⟩, not an argument); with f also that of
@@ -216,8 +232,8 @@ extern "C" void site_backward(int threads, int64_t T, int64_t C, int columns, Ch
     const int64_t units = N * ((C + UNIT - 1) / UNIT), stride = round_up(columns, CW);
     const Workspace w = layout(workspace, threads, C, columns, f != nullptr);
     const Backward b{C, columns, stride, dh == nullptr ? nullptr : H_pre, dh, X, partial, w};
-    Array<double> sums(columns + 3);  // of dbias and dalpha
-    for (int k = 0; k < columns + 3; ++k) sums[k] = 0;
+    Array<double> sums(columns + 3), lost(columns + 3);  // of dbias and dalpha
+    for (int k = 0; k < columns + 3; ++k) sums[k] = lost[k] = 0;
     for (int64_t k = 0; k < chunk * stride; ++k) w.dy[k] = 0;  // its padding stays 0
 
     threads = threads_for(T * width, threads);
@@ -228,7 +244,8 @@ extern "C" void site_backward(int threads, int64_t T, int64_t C, int columns, Ch
             const Unit unit(u, C);
             transpose(phi, columns, unit, w.phi_T + u * columns * UNIT);
             const int64_t last = unit.first + unit.end - unit.begin;
-            for (int64_t k = unit.first * columns; k < last * columns; ++k) dphi[k] = 0;
+            for (int64_t k = unit.first * columns; k < last * columns; ++k)
+                dphi[k] = w.lost[k] = 0;
         }
         for (int64_t begin = 0; begin < T; begin += chunk) {
             const int64_t tokens = smaller(chunk, T - begin);
@@ -273,12 +290,15 @@ extern "C" void site_backward(int threads, int64_t T, int64_t C, int columns, Ch
             for (int64_t k = 0; k < columns + 3; ++k) {
                 const bool of_bias = k < columns;
                 const K *terms = of_bias ? w.dbias + k : w.dalpha + k - columns;
-                for (int64_t g = 0; g < tokens; ++g) sums[k] += terms[g * (of_bias ? columns : 3)];
+                double of_chunk = 0;
+                for (int64_t g = 0; g < tokens; ++g) of_chunk += terms[g * (of_bias ? columns : 3)];
+                add_exactly(sums[k], lost[k], of_chunk);
             }
             PRAGMA(omp for schedule(static))
-            for (int64_t u = 0; u < units; ++u) dphi_of_unit(b, Unit(u, C), begin, tokens, dphi);
+            for (int64_t u = 0; u < units; ++u)
+                dphi_of_unit(b, Unit(u, C), begin, tokens, dphi, begin + tokens == T);
         }
     }
-    for (int k = 0; k < columns; ++k) dbias[k] = K(sums[k]);
-    for (int k = 0; k < 3; ++k) dalpha[k] = K(sums[columns + k]);
+    for (int k = 0; k < columns + 3; ++k)
+        (k < columns ? dbias[k] : dalpha[k - columns]) = K(rounded(sums[k], lost[k]));
 }
