@@ -214,12 +214,28 @@ def test_random_programs(chunk: int) -> None:
             each_program(SEED + chunk, EXAMPLES // CHUNKS, check_program)
         return
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    end = time.monotonic() + 60 * MINUTES * min(processes, CHUNKS) / CHUNKS
+    check = Until(time.monotonic() + 60 * MINUTES * min(processes, CHUNKS) / CHUNKS, check_program)
     for number in count(SEED + chunk, CHUNKS):
-        with told_how_again(f"SEED={number} MINUTES=0.1"):
-            each_program(number, ROUND, check_program)
-        if time.monotonic() > end:
+        with told_how_again(f"SEED={number}"):
+            each_program(number, ROUND, check)
+        if time.monotonic() > check.end:
             return
+
+
+class Until:
+    """A check that passes whatever comes after the end; a failure is still shrunk."""
+
+    def __init__(self, end: float, check: Callable[[Program], None]) -> None:
+        self.end, self.check, self.failed = end, check, False
+
+    def __call__(self, program: Program) -> None:
+        if time.monotonic() > self.end and not self.failed:
+            return
+        try:
+            self.check(program)
+        except BaseException:
+            self.failed = True
+            raise
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx.passes import _tensorify_python_scalars
 
 import mhc_compile
-from mhc_compile import Config, _torch
+from mhc_compile import Config, _torch, swap
 from mhc_compile.backend import eager, mhc
 from mhc_compile.capture import copy_graph
 from mhc_compile.declare import Spec, declaration_nodes
@@ -153,7 +153,9 @@ class Captured:
             spec = Spec.from_json(text)
             spec = replace(spec, config=replace(spec.config, **changes))
             node.args = (parameters, spec.to_json())
-        with _STAY_FLOATS:
+        # As in the call that was captured: whose graph it is decides what its adds belong to.
+        whose = patch.object(swap, "calling_root", lambda: self.model)
+        with _STAY_FLOATS, whose:
             function = lower(gm, self.example_inputs)
         return Rewritten(function, history=mhc_compile.graphs(self.model)[-1].history)
 
