@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-N      ?= 20000
+MINUTES ?= 20
+SEED   := $(or $(SEED),$(shell date +%s))
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
@@ -14,7 +15,8 @@ help:
 	@echo "make test      lint, types, tests"
 	@echo "make lint      ruff and mypy only"
 	@echo "make zoo       every model: with every selection of passes, and under Inductor"
-	@echo "make fuzz N=…  N random residual programs (default $(N))"
+	@echo "make fuzz      new random residual programs for some minutes (MINUTES=$(MINUTES)), or N=… of them;"
+	@echo "               SEED=… for those of an earlier run, which prints its own"
 	@echo "make mutants   deliberate mistakes in the passes, each of which a test must notice"
 	@echo "make bench     time and scale of transform()"
 	@echo "make speed     one site, and whole models, against plain ones and against peers"
@@ -45,7 +47,7 @@ zoo: $(STAMP)
 	$(BIN)/python benchmarks/zoo.py
 
 fuzz: $(STAMP)
-	MHC_FUZZ_EXAMPLES=$(N) $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 0 tests/fuzz
+	MHC_FUZZ_SEED=$(SEED) $(if $(N),MHC_FUZZ_EXAMPLES=$(N),MHC_FUZZ_MINUTES=$(MINUTES)) $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 0 tests/fuzz
 
 mutants: $(STAMP)
 	$(BIN)/python tests/mutations.py

@@ -42,7 +42,7 @@ _SIGNATURES = {
     "readout": "illd" + "pp",
     "expand": "illd" + "pp",
     "forward_workspace": "li",
-    "backward_workspace": "ilii",
+    "backward_workspace": "illii",
     "site_forward": "illipd" + "p" * 15,
     "site_backward": "illip" + "p" * 24,
 }
@@ -365,7 +365,7 @@ def _backward(
     dH_pre, H_pre, dh = of_pre
     results = torch.empty_like(phi), torch.empty_like(alpha), torch.empty_like(bias)
     size = site.library.backward_workspace(
-        torch.get_num_threads(), site.C, columns, before[0] is not None
+        torch.get_num_threads(), T, site.C, columns, before[0] is not None
     )
     workspace = site.workspace(size)
     site.call(

@@ -20,7 +20,8 @@ import torch._dynamo
 import torch._inductor.config
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import default_partition
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
@@ -73,6 +74,7 @@ __all__ = [
     "partition_eagerly",
     "pytree",
     "register_effectful",
+    "require_constant_floats",
     "trace_artifact",
     "unwrapped",
     "user_frame",
@@ -218,6 +220,35 @@ def _in_words(reason: Any) -> str:
     frame = reason.user_stack[-1] if reason.user_stack else None
     where = f"{frame.filename}:{frame.lineno}" if frame is not None else "an unknown place"
     return f"{where} ({str(reason.reason).splitlines()[0]})"
+
+
+def require_constant_floats(gm: fx.GraphModule) -> None:
+    """Let Dynamo capture a graph again if floats that modules hold are inputs of it.
+
+    With ``dynamic=True`` every float is one, the epsilon of a norm too; only AOTAutograd finds out
+    which have to be constants, and starts anew. Our passes read what comes before: to them an
+    epsilon that is an input is no epsilon. Floats that are arguments stay inputs.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: there are some; Dynamo catches it.
+    """
+    floats = [_float_of_module(node) for node in gm.graph.find_nodes(op="placeholder")]
+    new = {name for name in floats if name and not TensorifyState.should_specialize(name)}
+    for name in new:
+        TensorifyState.specialize(name)
+    if new:
+        raise TensorifyScalarRestartAnalysis
+
+
+def _float_of_module(node: fx.Node) -> str | None:
+    """The symbol of a float that is an input as a tensor, and that a module holds."""
+    symbol = getattr(node.meta.get("example_value"), "item_memo", None)
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if not isinstance(symbol, torch.SymFloat) or source is None:
+        return None
+    # As a number that a guard has made of it would not tell.
+    name = getattr(symbol.node._expr, "name", None)
+    return name if source.guard_source.is_unspecialized_nn_module() else None
 
 
 def is_cut_for_ddp(gm: fx.GraphModule) -> bool:

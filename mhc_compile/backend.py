@@ -100,6 +100,7 @@ def _compile(
             "inside: model.compile(backend='mhc'), then DistributedDataParallel(model); or set "
             "torch._dynamo.config.optimize_ddp = False."
         )
+    _torch.require_constant_floats(gm)
     captured, work = copy_graph(gm), copy_graph(gm)
     declared = _declared_config(work)
     module = swap.calling_root() or _torch.calling_module()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.passes import _tensorify_python_scalars
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
@@ -241,7 +242,11 @@ def test_a_model_that_follows_the_paper() -> None:
     assert notes(graph, "recognize") == ["4 connections", "12 projections joined"]
 
 
-def test_other_shapes_and_modes() -> None:
+@pytest.mark.parametrize("tensorify", [True, False], ids=["tensorify", "not"])
+@pytest.mark.filterwarnings("error:.*seems to have hyper-connections of its own")
+def test_other_shapes_and_modes(tensorify: bool, monkeypatch: Any) -> None:
+    """Whether or not AOTAutograd captures anew where a norm's epsilon was taken for an input."""
+    monkeypatch.setattr(_tensorify_python_scalars, "_is_tensorify_enabled", lambda: tensorify)
     plain = hyper.PaperModel(layers=1)
     model = torch.compile(copy.deepcopy(plain), backend="mhc", dynamic=True)
     for length in (5, 7):

@@ -3,8 +3,11 @@
 // Tokens are taken in chunks whose X stays in the cache. Within a chunk, first by groups of tokens,
 // from end to end: the gradients of H_pre, through the chain to dy, the gradient of x⃗ φ, then dX,
 // and in a seam the post_res before it. Then by channels: dφ, which every thread sums over the
-// tokens of its own channels. So dφ needs no partial sums, and its order of summation does not
-// depend on the number of threads.
+// tokens of its own channels. So its order of summation does not depend on the number of threads.
+//
+// Sums over tokens are sums of sums: over the tokens of one or some chunks, and then over those with
+// what each addition loses kept beside the total. So their error does not grow with the number of
+// tokens.
 #pragma once
 
 #include "site.h"
@@ -33,9 +36,17 @@ static int64_t chunk_of(int64_t width) {
     return tokens < FEWEST ? FEWEST : smaller(tokens, MOST);
 }
 
+// Chunks whose dφ is a plain sum. With more of them, it is moved to an exact total after each so
+// many: seldom enough for the time to read and write that.
+constexpr int PLAIN = 8;
+
+static bool has_totals(int64_t T, int64_t width) { return T > PLAIN * chunk_of(width); }
+
 // Where the parts of the workspace lie.
 struct Workspace {
     K *phi_T;   // [units, columns, UNIT]: φ by columns
+    K *total;   // [N C, columns]: dφ of earlier chunks, where there are many
+    K *lost;    // [N C, columns]: what it has lost by rounding
     K *dX2;     // [threads, GROUP, N C], of a seam only
     K *dH_pre;  // the rest for the tokens of a chunk: [chunk, N]
     K *dy;      // [chunk, stride]
@@ -45,7 +56,7 @@ struct Workspace {
     int64_t size;
 };
 
-static Workspace layout(K *start, int threads, int64_t C, int columns, bool seam) {
+static Workspace layout(K *start, int threads, int64_t T, int64_t C, int columns, bool seam) {
     const int64_t chunk = chunk_of(N * C), units = N * ((C + UNIT - 1) / UNIT);
     int64_t size = 0;
     const auto part = [&](int64_t count) {
@@ -55,6 +66,8 @@ static Workspace layout(K *start, int threads, int64_t C, int columns, bool seam
     };
     Workspace w;
     w.phi_T = part(units * columns * UNIT);
+    w.total = part(has_totals(T, N * C) ? N * C * columns : 0);
+    w.lost = part(has_totals(T, N * C) ? N * C * columns : 0);
     w.dX2 = part(seam ? threads * GROUP * N * C : 0);
     w.dH_pre = part(chunk * N);
     w.dy = part(chunk * round_up(columns, CW));
@@ -65,8 +78,9 @@ static Workspace layout(K *start, int threads, int64_t C, int columns, bool seam
     return w;
 }
 
-extern "C" int64_t backward_workspace(int threads, int64_t C, int columns, int seam) {
-    return layout(nullptr, threads, C, columns, seam != 0).size;
+extern "C" int64_t backward_workspace(int threads, int64_t T, int64_t C, int columns,
+                                      int seam) {
+    return layout(nullptr, threads, T, C, columns, seam != 0).size;
 }
 
 // The channels of one stream, [begin, end), as the `index`-th unit of x⃗.
@@ -179,7 +193,7 @@ static void group_backward(const Backward &b, int64_t t, int64_t g, int64_t toke
     }
 }
 
-// dφ of one unit from `tokens` tokens from `begin`.
+// dφ of one unit from `tokens` tokens from `begin`, added to that of the tokens before.
 static void dphi_of_unit(const Backward &b, const Unit &unit, int64_t begin, int64_t tokens,
                          K *dphi) {
     alignas(64) K X[DEEP * UNIT];
@@ -202,6 +216,18 @@ static void dphi_of_unit(const Backward &b, const Unit &unit, int64_t begin, int
     }
 }
 
+// Moves dφ of one unit to its exact total; the last time that is rounded to dφ.
+static void dphi_to_total(const Backward &b, const Unit &unit, K *dphi, bool is_last) {
+    const int64_t first = unit.first * b.columns, count = (unit.end - unit.begin) * b.columns;
+    over_channels(first, first + count, [&](int64_t k, auto width) LAMBDA {
+        V total = load(b.w.total + k, width), lost = load(b.w.lost + k, width);
+        add_exactly(total, lost, load(dphi + k, width));
+        store(b.w.total + k, total, width);
+        store(b.w.lost + k, lost, width);
+        store(dphi + k, is_last ? rounded(total, lost) : V{}, width);
+    });
+}
+
 // With dh also the backward of pre (dH_pre is then ⟨dh, X⟩, not an argument); with f also that of
 // the post_res that made X, and `dX` is the gradient of X_before.
 extern "C" void site_backward(int threads, int64_t T, int64_t C, int columns, ChainBackward *chain,
@@ -214,10 +240,11 @@ extern "C" void site_backward(int threads, int64_t T, int64_t C, int columns, Ch
                               Stream *df) {
     const int64_t width = N * C, chunk = chunk_of(width);
     const int64_t units = N * ((C + UNIT - 1) / UNIT), stride = round_up(columns, CW);
-    const Workspace w = layout(workspace, threads, C, columns, f != nullptr);
+    const Workspace w = layout(workspace, threads, T, C, columns, f != nullptr);
+    const bool totals = has_totals(T, width);
     const Backward b{C, columns, stride, dh == nullptr ? nullptr : H_pre, dh, X, partial, w};
-    Array<double> sums(columns + 3);  // of dbias and dalpha
-    for (int k = 0; k < columns + 3; ++k) sums[k] = 0;
+    Array<double> sums(columns + 3), lost(columns + 3);  // of dbias and dalpha
+    for (int k = 0; k < columns + 3; ++k) sums[k] = lost[k] = 0;
     for (int64_t k = 0; k < chunk * stride; ++k) w.dy[k] = 0;  // its padding stays 0
 
     threads = threads_for(T * width, threads);
@@ -228,7 +255,10 @@ extern "C" void site_backward(int threads, int64_t T, int64_t C, int columns, Ch
             const Unit unit(u, C);
             transpose(phi, columns, unit, w.phi_T + u * columns * UNIT);
             const int64_t last = unit.first + unit.end - unit.begin;
-            for (int64_t k = unit.first * columns; k < last * columns; ++k) dphi[k] = 0;
+            for (int64_t k = unit.first * columns; k < last * columns; ++k) {
+                dphi[k] = 0;
+                if (totals) w.total[k] = w.lost[k] = 0;
+            }
         }
         for (int64_t begin = 0; begin < T; begin += chunk) {
             const int64_t tokens = smaller(chunk, T - begin);
@@ -273,12 +303,19 @@ extern "C" void site_backward(int threads, int64_t T, int64_t C, int columns, Ch
             for (int64_t k = 0; k < columns + 3; ++k) {
                 const bool of_bias = k < columns;
                 const K *terms = of_bias ? w.dbias + k : w.dalpha + k - columns;
-                for (int64_t g = 0; g < tokens; ++g) sums[k] += terms[g * (of_bias ? columns : 3)];
+                double of_chunk = 0;
+                for (int64_t g = 0; g < tokens; ++g) of_chunk += terms[g * (of_bias ? columns : 3)];
+                add_exactly(sums[k], lost[k], of_chunk);
             }
             PRAGMA(omp for schedule(static))
-            for (int64_t u = 0; u < units; ++u) dphi_of_unit(b, Unit(u, C), begin, tokens, dphi);
+            for (int64_t u = 0; u < units; ++u) {
+                dphi_of_unit(b, Unit(u, C), begin, tokens, dphi);
+                const bool is_last = begin + tokens == T;
+                if (totals && (is_last || begin / chunk % PLAIN == PLAIN - 1))
+                    dphi_to_total(b, Unit(u, C), dphi, is_last);
+            }
         }
     }
-    for (int k = 0; k < columns; ++k) dbias[k] = K(sums[k]);
-    for (int k = 0; k < 3; ++k) dalpha[k] = K(sums[columns + k]);
+    for (int k = 0; k < columns + 3; ++k)
+        (k < columns ? dbias[k] : dalpha[k - columns]) = K(rounded(sums[k], lost[k]));
 }

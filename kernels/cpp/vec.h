@@ -108,6 +108,20 @@ INLINE void keep([[maybe_unused]] Vector &v) {
 #endif
 }
 
+// total + lost += term with hardly any rounding: `lost` is what total has lost so far (two-sum).
+template <class Number>
+INLINE void add_exactly(Number &total, Number &lost, Number term) {
+    const Number sum = total + term, added = sum - total;
+    lost += (total - (sum - added)) + (term - added);
+    total = sum;
+}
+
+// The two together; where the total is infinite, what it has lost is not a number.
+template <class Number>
+INLINE Number rounded(Number total, Number lost) {
+    return lost == lost ? total + lost : total;
+}
+
 INLINE V larger(V a, V b) { return a > b ? a : b; }
 
 template <class Half, class Vector>

@@ -366,10 +366,14 @@ class Program:
         """Whether all of it is computed in float64."""
         return not self.features["float32_cast"]
 
-    def build(self) -> nn.Module:
-        """A fresh module in float64; the same parameters each time."""
+    def build(self, *, exact: bool = False) -> nn.Module:
+        """A fresh module in float64; the same parameters each time.
+
+        Args:
+            exact: with casts to float64 instead of those to float32.
+        """
         torch.manual_seed(self.seed)
-        source = self.source()
+        source = self.source().replace(".float()", ".double()" if exact else ".float()")
         file = f"<program {hash(source):x}>"
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         # A module that can be imported: Dynamo looks a function's globals up that way.

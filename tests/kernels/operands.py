@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mhc_compile.kernels.variants import VARIANTS, Variant, get_variant
 
@@ -77,12 +78,35 @@ def random_site(variant: Variant, n: int, C: int, leading: tuple[int, ...], seed
     return Site(normal(*leading, n, C), normal(*leading, C), phi, normal(3), normal(columns))
 
 
+def reversed_in_memory(x: Tensor) -> Tensor:
+    """Equal to x, dense, the first axis the fastest."""
+    return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+
+
+def repeated(x: Tensor) -> Tensor:
+    """The first along the first axis, again and again without memory of their own."""
+    return x[:1].expand_as(x)
+
+
 def assert_strides_do_not_matter(operator: Callable[..., Any], operands: Sequence[Any]) -> None:
-    """With gaps in memory and another order of dimensions: the same bits, and contiguous."""
-    others = [strided(t) if isinstance(t, Tensor) else t for t in operands]
-    found = operator(*others)
-    assert all(t.is_contiguous() for t in _tensors(found))
-    assert_same(found, operator(*operands))
+    """Whatever the memory of the operands is like: the same bits, and contiguous."""
+    for layout in (strided, reversed_in_memory, repeated):
+        others = [layout(t) if isinstance(t, Tensor) else t for t in operands]
+        found = operator(*others)
+        assert all(t.is_contiguous() for t in _tensors(found))
+        plain = [t.contiguous() if isinstance(t, Tensor) else t for t in others]
+        assert_same(found, operator(*plain))
+        assert_strides_are_those_of_the_fake(operator, others)
+
+
+def assert_strides_are_those_of_the_fake(
+    operator: Callable[..., Any], operands: Sequence[Any]
+) -> None:
+    """A graph is traced with fake tensors, and its later views fit only their strides."""
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in operands]
+        promised = [t.stride() for t in _tensors(operator(*fakes))]
+    assert [t.stride() for t in _tensors(operator(*operands))] == promised
 
 
 def assert_not_autocast(operator: Callable[..., Any], operands: Sequence[Any]) -> None:

@@ -258,6 +258,40 @@ def test_very_many_tokens_are_close_to_truth(S):
     test_backward_of_a_seam_is_close_to_truth(*case, with_partial=True)
 
 
+@pytest.mark.parametrize("S", [F32, BF16, F64])
+@pytest.mark.parametrize("T", [1000, 4096, 4097, 100_003])
+def test_sums_over_tokens_are_as_exact_for_many_tokens(S, T):
+    """T times the same token: whatever a sum loses, it loses at each addition in one direction."""
+    name, n, C = "mhc", 4, 13
+    options = {"variant": variant_of(name), "eps": EPS}
+    X, _, *parameters = inputs(name, n, S, 1, C)
+    saved = cpu.coefficients(X, *parameters, **options)
+    dH = [torch.randn_like(t) for t in saved[:3]]
+    of_one = cpu.coefficients_backward(*dH, X, *parameters, *saved[3:], **options)[1:]
+    dH, saved = ([t.repeat(T, *[1] * (t.dim() - 1)) for t in ts] for ts in (dH, saved))
+    X = X.repeat(T, 1, 1)
+    of_all = cpu.coefficients_backward(*dH, X, *parameters, *saved[3:], **options)[1:]
+    # dα and db of a chunk, up to 512 tokens, are plain sums in float64.
+    close = (64 if S == F64 else 16) * torch.finfo(compute(S)).eps
+    for one, total in zip(of_one, of_all, strict=True):
+        expected = one.double() * T
+        assert (total - expected).abs().max() <= close * expected.abs().max()
+
+
+def test_a_sum_over_tokens_beyond_the_largest_number_is_infinite():
+    T, options = 100_003, {"variant": variant_of("mhc"), "eps": EPS}
+    X, _, *parameters = inputs("mhc", 4, F32, 1, 8)
+    X = X.sign()
+    H_pre, H_post, H_res, *saved = (
+        t.repeat(T, *[1] * (t.dim() - 1)) for t in cpu.coefficients(X, *parameters, **options)
+    )
+    dH = [torch.zeros_like(H_pre), 1e36 * torch.ones_like(H_post), torch.zeros_like(H_res)]
+    sums = cpu.coefficients_backward(*dH, X.repeat(T, 1, 1), *parameters, *saved, **options)[1:]
+    dphi, dalpha, dbias = sums
+    assert dphi[:, 4:8].isinf().all() and dbias[4:8].isinf().all() and dalpha[1].isinf()
+    assert dphi[:, :4].isfinite().all() and not any(t.isnan().any() for t in sums)
+
+
 @pytest.mark.parametrize("name", [*VARIANTS, "hc_linear"])
 def test_gradcheck_of_the_emitted_code(name):
     variant = variant_of(name)

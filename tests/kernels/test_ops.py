@@ -10,6 +10,8 @@ from torch.library import opcheck
 from mhc_compile.kernels import ops, reference
 
 from . import truth
+from .operands import assert_strides_are_those_of_the_fake, repeated, reversed_in_memory
+from .sites import strided
 
 sinkhorn_knopp = torch.ops.mhc.sinkhorn_knopp
 sinkhorn_knopp_backward = torch.ops.mhc.sinkhorn_knopp_backward
@@ -216,6 +218,19 @@ def test_any_strides_and_arguments_are_left_alone(n):
     assert torch.equal(backward, sinkhorn_knopp_backward(grad.contiguous(), base.contiguous(), 20))
     assert torch.equal(base, copies[0])
     assert torch.equal(grad, copies[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [strided, reversed_in_memory, repeated])
+def test_strides_are_those_of_the_fakes(layout, dtype):
+    logits, grad, a, b, c, d = (
+        layout(torch.randn(shape, dtype=dtype))
+        for shape in [(3, 4, 4), (3, 4, 4), (2, 5, 3), (3, 4), (2, 3, 5), (2, 5, 4)]
+    )
+    assert_strides_are_those_of_the_fake(sinkhorn_knopp, (logits, 5))
+    assert_strides_are_those_of_the_fake(sinkhorn_knopp_backward, (grad, logits, 5))
+    assert_strides_are_those_of_the_fake(matmul, (a, b))
+    assert_strides_are_those_of_the_fake(matmul, (c, d))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

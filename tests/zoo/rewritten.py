@@ -7,6 +7,7 @@ on the forward and backward graphs as under Inductor, without compiling anything
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,11 +17,11 @@ from unittest.mock import patch
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
-from torch._decomp import get_decompositions
 from torch._dynamo.backends.common import aot_autograd
+from torch.fx.passes import _tensorify_python_scalars
 
 import mhc_compile
-from mhc_compile import Config, _torch
+from mhc_compile import Config, _torch, swap
 from mhc_compile.backend import eager, mhc
 from mhc_compile.capture import copy_graph
 from mhc_compile.declare import Spec, declaration_nodes
@@ -31,8 +32,12 @@ from .checks import Run, loss_of, perturb, tensors
 _FLOATS = torch._dynamo.config.patch(specialize_float=True)
 """Else a dynamic graph reads floats from tensors, which only Dynamo's tracing knows."""
 
-_STAY_FLOATS = patch.dict("os.environ", TENSORIFY_PYTHON_SCALARS="0")
-"""Else AOTAutograd may ask Dynamo to start anew, which is over."""
+_STAY_FLOATS = patch.object(_tensorify_python_scalars, "_is_tensorify_enabled", lambda: False)
+"""Else AOTAutograd may ask Dynamo to start anew, which is over.
+
+Not by the variable TENSORIFY_PYTHON_SCALARS, which is read once in a process: who asks first while
+it is set decides for all that come later.
+"""
 
 
 @dataclass
@@ -148,7 +153,9 @@ class Captured:
             spec = Spec.from_json(text)
             spec = replace(spec, config=replace(spec.config, **changes))
             node.args = (parameters, spec.to_json())
-        with _STAY_FLOATS:
+        # As in the call that was captured: whose graph it is decides what its adds belong to.
+        whose = patch.object(swap, "calling_root", lambda: self.model)
+        with _STAY_FLOATS, whose:
             function = lower(gm, self.example_inputs)
         return Rewritten(function, history=mhc_compile.graphs(self.model)[-1].history)
 
@@ -174,7 +181,7 @@ def partition(
     saved: list[Tensor],
     graphs: dict[str, fx.GraphModule] | None = None,
 ) -> Callable[..., Any]:
-    """In the place of Inductor: partition, run the passes, execute the graphs as they are."""
+    """In the place of Inductor: partition, run the passes, execute the graphs node by node."""
 
     def compiler(kind: str, graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         graph.graph.eliminate_dead_code()
@@ -188,13 +195,55 @@ def partition(
             free = ("primals", "tangents")
             values = [n.meta["val"] for n in kept if not n.name.startswith(free)]
             saved.extend(v for v in values if isinstance(v, Tensor))
-        return make_boxed_func(graph.forward)
+        return make_boxed_func(LaidOut(graph).run)
 
     return aot_autograd(
         fw_compiler=partial(compiler, "forward"),
         bw_compiler=partial(compiler, "backward"),
         inference_compiler=partial(compiler, "inference"),
         partition_fn=min_cut_rematerialization_partition,
-        # As fake tensors tell its strides, a CPU does not make them: later views would fail.
-        decompositions=get_decompositions([torch.ops.aten.native_dropout_backward]),
     )(gm, list(inputs))
+
+
+class LaidOut(fx.Interpreter):
+    """Runs a partitioned graph with every result in the strides that its fake tensor has.
+
+    A graph is traced with fake tensors, and its views fit their strides. Inductor lays its results
+    out so. Some of PyTorch's own CPU kernels do not (the backwards of dropout and of a layer norm
+    whose gradient is permuted): their results are copied. An operator of this library has to keep
+    what its fake promises, and a view has the strides of what it views.
+    """
+
+    def run(self, *args: Any) -> Any:
+        places = zip(self.module.graph.find_nodes(op="placeholder"), args, strict=True)
+        known = [(node.meta.get("val"), value) for node, value in places]
+        self.sizes = {v.node.expr: n for v, n in known if isinstance(v, torch.SymInt)}
+        return super().run(*args, enable_io_processing=False)
+
+    def run_node(self, node: fx.Node) -> Any:
+        result, promised = super().run_node(node), node.meta.get("val")
+        if node.op != "call_function" or node.target is operator.getitem:
+            return result
+        if isinstance(result, (tuple, list)):
+            pairs = zip(result, promised, strict=True)
+            return [self._laid_out(node, *pair) for pair in pairs]
+        return self._laid_out(node, result, promised)
+
+    def _laid_out(self, node: fx.Node, result: Any, promised: Any) -> Any:
+        if not isinstance(result, Tensor) or not result.numel():
+            return result
+        strides = tuple(self._number(stride) for stride in promised.stride())
+        each = zip(result.shape, result.stride(), strides, strict=True)
+        if all(a == b for size, a, b in each if size > 1):
+            return result
+        is_own = getattr(node.target, "namespace", None) == "mhc"
+        assert not (is_own or getattr(node.target, "is_view", False)), (
+            f"{node.target} made {list(result.shape)} with strides {result.stride()}, and its fake "
+            f"has {strides}"
+        )
+        return torch.empty_strided(result.shape, strides, dtype=result.dtype).copy_(result)
+
+    def _number(self, stride: Any) -> int:
+        """A stride with the sizes of this call."""
+        symbolic = isinstance(stride, torch.SymInt)
+        return int(stride.node.expr.xreplace(self.sizes) if symbolic else stride)
