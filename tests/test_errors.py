@@ -27,7 +27,7 @@ from mhc_compile.passes.errors import (
     UnsupportedError,
 )
 from tests.models import GPT, WIDTH, ids, pair, relative
-from tests.zoo.checks import perturb
+from tests.checks import perturb
 
 HERE = re.escape(__file__)
 

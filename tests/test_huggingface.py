@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 import mhc_compile
 from mhc_compile import MhcError
-from tests.zoo.checks import perturb
+from tests.checks import perturb
 
 hf.logging.set_verbosity_error()
 VOCAB, WIDTH, LAYERS = 64, 32, 2

@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 import mhc_compile
 from mhc_compile.kernels import reference
 from tests.models import GPT, WIDTH, Block, ids, pair, relative
-from tests.zoo import checks
-from tests.zoo.checks import perturb
+from tests import checks
+from tests.checks import perturb
 
 EXACT = 1e-12
 

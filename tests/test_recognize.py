@@ -17,7 +17,7 @@ from mhc_compile import Config, Reason, _torch
 from mhc_compile.passes.errors import NoSitesError, NotTransformedError, UnsupportedError
 from mhc_compile.swap import is_swapped
 from tests.zoo import hyper
-from tests.zoo.checks import gradient_error, output_error, run
+from tests.checks import gradient_error, output_error, run
 from tests.zoo.rewritten import partition
 
 MIRROR = {

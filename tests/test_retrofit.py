@@ -14,7 +14,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import mhc_compile
-from tests.zoo.checks import perturb
+from tests.checks import perturb
 
 hf.logging.set_verbosity_error()
 LAYERS = 6

@@ -23,7 +23,7 @@ from mhc_compile.passes.canonicalize import canonicalize
 from mhc_compile.passes.detect import detect
 from mhc_compile.passes.errors import NoSitesError
 from mhc_compile.transform import context_of
-from tests.zoo import checks
+from tests import checks
 from tests.zoo.rewritten import Captured
 
 from .capture import captured

@@ -21,7 +21,7 @@ from mhc_compile.passes.defer_norm import defer_norm
 from mhc_compile.passes.norms import rms_norm_of
 from mhc_compile.passes.operators import op_name
 from tests.models import ids, pair
-from tests.zoo import checks
+from tests import checks
 from tests.zoo.models import randomize
 
 from .graphs import captured

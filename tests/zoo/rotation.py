@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import mhc_compile
 
-from . import checks
+from tests import checks
 
 LARGE = 100.0
 """A logit behind which sigmoid and Sinkhorn-Knopp leave 0 or 1."""

@@ -17,7 +17,7 @@ import mhc_compile
 from mhc_compile import Config
 from mhc_compile.kernels import reference
 from tests.models import GPT, ids
-from tests.zoo.checks import output_error, run
+from tests.checks import output_error, run
 from tests.zoo.models import Model, every
 from tests.zoo.rotation import assert_streams_take_turns
 
