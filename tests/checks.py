@@ -73,7 +73,7 @@ def run(
         called: what is called in the model's place, such as a compiled or wrapped model.
     """
     model.zero_grad(set_to_none=True)
-    outputs = outputs_of(called or model, inputs, seed)
+    outputs = outputs_of(model if called is None else called, inputs, seed)
     loss = loss_of(outputs)
     if loss.requires_grad:  # a model without mHC parameters may be frozen
         loss.backward()
@@ -234,6 +234,7 @@ class Compared:
     perturbed: Run
 
 
+@torch.enable_grad()
 def assert_moves(
     model: nn.Module,
     inputs: Inputs,

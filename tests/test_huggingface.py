@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 import mhc_compile
 from mhc_compile import MhcError
-from tests.checks import perturb
+from tests.checks import assert_moves
 
 hf.logging.set_verbosity_error()
 VOCAB, WIDTH, LAYERS = 64, 32, 2
@@ -77,8 +77,8 @@ def _transformed(name: str, **options: Any) -> Any:
 
 
 def moved(model: Any) -> Any:
-    """The model itself, with all mHC parameters far from where they started."""
-    perturb(model)
+    """The model itself, with all mHC parameters far from where they started, and seen to act."""
+    assert_moves(model, inputs_of(model.config.model_type))
     return model
 
 
@@ -427,6 +427,7 @@ def test_frozen_base_parameters_train_only_the_mhc_ones(when: str) -> None:
     assert all(p.grad is None for key, p in model.named_parameters() if "mhc." not in key)
     now = model.state_dict()
     assert {key for key in now if not now[key].equal(before[key])} == mhc_keys(model)
+    moved(model)
 
 
 def test_functional_call_with_other_parameters() -> None:

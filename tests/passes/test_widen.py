@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mhc_compile
+from tests.checks import assert_moves
 
 from .graphs import WIDTH, Program, stream
 
@@ -139,9 +140,7 @@ def perturbed(plain) -> tuple[Program, Tensor]:
     model = Program(plain).double()
     x = stream().double().requires_grad_()
     mhc_compile.transform(model, n=N, example_inputs=(x,))
-    with torch.no_grad():
-        for p in mhc_compile.parameters(model):
-            p.add_(0.7 * torch.randn_like(p))
+    assert_moves(model, (x,), moves=1e-2)
     return model, x
 
 
@@ -260,6 +259,7 @@ def test_dropout_draws_the_mask_of_the_plain_model(plain) -> None:
     mhc_compile.transform(model, n=N, example_inputs=(x,))
     torch.manual_seed(3)
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert_moves(model, (x,))
 
 
 def test_a_branch_may_view_what_it_could_view_before() -> None:
@@ -275,6 +275,7 @@ def test_a_branch_may_view_what_it_could_view_before() -> None:
     expected = model(x)
     mhc_compile.transform(model, n=N, example_inputs=(x,))
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert_moves(model, (x,))
 
 
 def test_a_reduction_over_the_stream_is_computed_over_all_streams() -> None:
@@ -319,9 +320,7 @@ def test_channels_first_streams_mix_over_positions() -> None:
     model = Program(plain).double()
     x = stream(2, WIDTH, 5, 4).double()
     mhc_compile.transform(model, n=N, example_inputs=(x,))
-    with torch.no_grad():
-        for p in mhc_compile.parameters(model):
-            p.add_(0.7 * torch.randn_like(p))
+    assert_moves(model, (x,))
     torch.testing.assert_close(model(x), truth(model, x), rtol=1e-11, atol=1e-11)
 
 

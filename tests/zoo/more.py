@@ -80,6 +80,11 @@ def norm_in_float64(model: nn.Module) -> None:
 
 # --------------------------------------------------------------------------------------- decoders
 
+
+def gemma3() -> nn.Module:
+    return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**LLAMA, head_dim=16))
+
+
 MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
 
 DECODERS = [
@@ -94,7 +99,7 @@ DECODERS = [
         TWO_PRE_NORM,
         for_float64=norm_in_float64,
     ),
-    Model("gemma3", of("Gemma3", **LLAMA), text, 4, 1, SANDWICH),
+    Model("gemma3", gemma3, text, 4, 1, SANDWICH, for_float64=norm_in_float64),
     Model("starcoder2", of("Starcoder2", **LLAMA), text, 4, 1, TWO_PRE_NORM),
     Model("stablelm", of("StableLm", **LLAMA), text, 4, 1, TWO_PRE_NORM),
     Model(
@@ -144,23 +149,6 @@ DECODERS = [
             expansion_ratio=2,
             max_seq_len=64,
             vocab_size=VOCAB,
-            use_cache=False,
-        ),
-        text,
-        4,
-        1,
-        TWO_PRE_NORM,
-    ),
-    Model(
-        "xglm",
-        of(
-            "XGLM",
-            vocab_size=VOCAB,
-            d_model=32,
-            ffn_dim=48,
-            num_layers=2,
-            attention_heads=2,
-            max_position_embeddings=64,
             use_cache=False,
         ),
         text,
@@ -261,7 +249,14 @@ DECODERS = [
 ENCODERS = [
     Model(
         "esm",
-        of("Esm", head="ForMaskedLM", **BERT, mask_token_id=3, position_embedding_type="rotary"),
+        of(
+            "Esm",
+            head="ForMaskedLM",
+            **BERT,
+            mask_token_id=3,
+            position_embedding_type="rotary",
+            layer_norm_eps=1e-6,  # as in VIT_LIKE
+        ),
         text,
         4,
         1,
@@ -439,9 +434,9 @@ HEARING = [
         "data2vec-audio",
         frozen_features(of("Data2VecAudio", head="Model", **AUDIO)),
         waveform,
-        4,
+        5,
         1,
-        TWO_POST_NORM,
+        WITH_POSITIONS,
         linear=False,
     ),
     Model(
@@ -618,7 +613,14 @@ INSIDE = "an image tower whose states are put among the tokens, " + TWO_PRE_NORM
 
 SEEING_AND_READING = [
     Model("clip", two_towers("CLIP"), text_and_pixels, 8, 2, TOWERS),
-    Model("siglip", two_towers("Siglip"), text_and_pixels, 9, 2, TOWERS),
+    Model(
+        "siglip",
+        two_towers("Siglip"),
+        text_and_pixels,
+        8,
+        2,
+        TOWERS + "; the add of the pooling head stands alone",
+    ),
     Model("llava", llava, text_around_an_image, 8, 2, INSIDE),
     Model("deepseek-vl", deepseek_vl, text_around_an_image, 8, 2, INSIDE),
     Model("git", git, text_and_pixels, 8, 2, INSIDE, linear=False),
@@ -678,7 +680,14 @@ TIMM = [
     ),
     Model("timm-beit", of_timm("beit.Beit", **TIMM_VIT), x(16), 4, 1, TWO_PRE_NORM),
     Model("timm-eva", of_timm("eva.Eva", **TIMM_VIT), x(16), 4, 1, TWO_PRE_NORM),
-    Model("timm-cait", of_timm("cait.Cait", **TIMM_VIT), x(16), 4, 1, TWO_PRE_NORM),
+    Model(
+        "timm-cait",
+        of_timm("cait.Cait", **TIMM_VIT),
+        x(16),
+        8,
+        2,
+        TWO_PRE_NORM + "; 2 more layers act on the class token alone",
+    ),
     Model(
         "timm-mixer",
         of_timm(
@@ -696,11 +705,13 @@ TIMM = [
     ),
     Model(
         "timm-convnext",
-        of_timm("convnext.ConvNeXt", depths=(2, 2), dims=(16, 32), num_classes=10),
-        x(32),
+        of_timm(
+            "convnext.ConvNeXt", depths=(2, 2, 2, 2), dims=(8, 16, 16, 16), num_classes=10
+        ),
+        x(64),
+        8,
         4,
-        2,
-        "",
+        "4 stages of 2 blocks; a convolution between",
     ),
     Model(
         "timm-swin",
@@ -717,7 +728,7 @@ TIMM = [
         x(16),
         8,
         2,
-        "",
+        "2 stages of 2 layers of 2 adds; patch merging between",
     ),
     Model(
         "timm-metaformer",
@@ -725,15 +736,15 @@ TIMM = [
         x(32),
         8,
         2,
-        "",
+        "2 stages of 2 blocks of 2 adds; a convolution between",
     ),
     Model(
         "timm-resnetv2",
-        of_timm("resnetv2.ResNetV2", layers=(2, 2), channels=(16, 32), stem_chs=16, num_classes=10),
+        of_timm("resnetv2.ResNetV2", layers=(3, 3), channels=(128, 256), num_classes=10),
         x(32),
+        4,
         2,
-        2,
-        "",
+        "2 stages of 3 blocks, the first of which has a projected skip",
     ),
 ]
 
