@@ -206,9 +206,19 @@ def assert_same(actual: Run, expected: Run, outputs: float, gradients: float) ->
         )
 
 
+def sites_of(model: nn.Module) -> list[Any]:
+    """Each site as it stands in the graph that was captured last of those that have it."""
+    found: dict[str, Any] = {}
+    for graph in mhc_compile.graphs(model):  # of one call there may be several: in front, behind
+        for site in graph.sites:
+            found.pop(site.name, None)
+            found[site.name] = site
+    return list(found.values())
+
+
 def firsts(model: nn.Module) -> set[str]:
-    """Names of the sites at which a chain begins, from the graph that was captured last."""
-    return {s.name for s in mhc_compile.graphs(model)[-1].sites if s.previous is None}
+    """Names of the sites at which a chain begins."""
+    return {site.name for site in sites_of(model) if site.previous is None}
 
 
 def assert_learning(model: nn.Module, idle: Callable[[str, str], bool]) -> None:

@@ -19,9 +19,9 @@ from mhc_compile import _torch
 from mhc_compile.backend import mhc
 from mhc_compile.passes.pipeline import PIPELINE, REQUIRED
 from mhc_compile.swap import is_swapped
-from tests.models import GPT, WIDTH, ids, pair, relative
 from tests import checks
 from tests.checks import perturb
+from tests.models import GPT, WIDTH, ids, pair, relative
 
 # A hit in the cache of compiled graphs generates no kernels.
 UNCACHED = torch._inductor.config.patch(force_disable_caches=True)

@@ -26,8 +26,8 @@ from mhc_compile.passes.errors import (
     NotTransformedError,
     UnsupportedError,
 )
-from tests.models import GPT, WIDTH, ids, pair, relative
 from tests.checks import assert_moves, perturb
+from tests.models import GPT, WIDTH, ids, pair, relative
 
 HERE = re.escape(__file__)
 

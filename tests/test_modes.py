@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
 from mhc_compile.kernels import reference
-from tests.models import GPT, WIDTH, Block, ids, pair, relative
 from tests import checks
 from tests.checks import perturb
+from tests.models import GPT, WIDTH, Block, ids, pair, relative
 
 EXACT = 1e-12
 
@@ -415,9 +415,7 @@ def test_layers_skipped_by_a_flag_keep_the_names_of_the_others():
         expected = [n for n in all_names if int(n[2]) not in skipped]
         if expected:
             assert [s.name for s in mhc_compile.graphs(model)[-1].sites] == expected
-    checks.assert_moves(
-        model, (ids(),), idle=lambda site, group: int(site[2]) in model.skipped
-    )
+    checks.assert_moves(model, (ids(),), idle=lambda site, group: int(site[2]) in model.skipped)
     # A shorter model with the same parameters is the truth for the skipped layers.
     short = pair(lambda: Skipping(layers=2))[1]
     kept = {k.replace("h.2", "h.1"): v for k, v in model.state_dict().items() if "h.1" not in k}
@@ -635,7 +633,7 @@ def test_transform_changes_neither_state_nor_random_numbers():
 
 
 class AllowedInGraph(Block):
-    """A class given to `allow_in_graph`, which Dynamo then treats as an operator; not so its calls."""
+    """A class given to `allow_in_graph`: Dynamo traces its calls, but reads no attribute of it."""
 
 
 torch._dynamo.allow_in_graph(AllowedInGraph)

@@ -16,8 +16,8 @@ import mhc_compile
 from mhc_compile import Config, Reason, _torch
 from mhc_compile.passes.errors import NoSitesError, NotTransformedError, UnsupportedError
 from mhc_compile.swap import is_swapped
-from tests.zoo import hyper
 from tests.checks import assert_moves, gradient_error, output_error, run
+from tests.zoo import hyper
 from tests.zoo.rewritten import partition
 
 MIRROR = {

@@ -20,8 +20,8 @@ from mhc_compile.passes.context import Context, Options
 from mhc_compile.passes.defer_norm import defer_norm
 from mhc_compile.passes.norms import rms_norm_of
 from mhc_compile.passes.operators import op_name
-from tests.models import ids, pair
 from tests import checks
+from tests.models import ids, pair
 from tests.zoo.models import randomize
 
 from .graphs import captured

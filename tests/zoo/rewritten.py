@@ -25,7 +25,6 @@ from mhc_compile.backend import eager, mhc
 from mhc_compile.capture import copy_graph
 from mhc_compile.declare import Spec, declaration_nodes
 from mhc_compile.passes.runner import HistoryEntry
-
 from tests.checks import Run, connections, loss_of, perturb, tensors
 
 _FLOATS = torch._dynamo.config.patch(specialize_float=True)
