@@ -12,7 +12,8 @@ that these name:
 
 - it transforms: it names `transform`, `load` or `from_pretrained` of mhc_compile, or compiles with
   `backend="mhc"`;
-- it compares: `error(...) < bound` for one of `ERRORS`, or one of `EQUALITIES` is called.
+- it compares: `error(...) < bound` for one of `ERRORS`, or anything with a bound below 0.1; or one
+  of `EQUALITIES` is called.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ ALLOWED |= dict.fromkeys(
 )
 ALLOWED["tests/zoo/test_zoo.py::test_h_res_is_indexed_out_in"] = "literal numbers, of streams apart"
 ALLOWED["tests/test_backend.py::test_one_stream_leaves_a_plain_model_plain"] = "it has no site"
+ALLOWED["tests/zoo/test_zoo.py::test_streams_part_with_the_first_optimizer_step"] = "it moves them"
+ALLOWED["tests/zoo/test_rotation.py::test_a_model_without_a_whole_graph_is_refused"] = "refused"
 ALLOWED["tests/zoo/test_rotation.py::test_the_same_mistakes_pass_at_the_start"] = "what it shows"
 
 Key = tuple[str, str]
@@ -61,7 +64,7 @@ class Function:
     names: set[Key] = field(default_factory=set)
 
 
-class Tests:
+class Suite:
     """All functions of the given sources, by file and name."""
 
     def __init__(self, sources: dict[str, str]) -> None:
@@ -143,11 +146,15 @@ def is_transform(node: ast.AST) -> bool:
 
 
 def is_comparison(node: ast.AST) -> bool:
-    """`error(...) < bound`, `max(error(...), ...) <= bound`, `a.equal(b)`, `assert_close(...)`."""
+    """`error(...) < bound`, `anything <= 1e-5`, `a.equal(b)`, `assert_close(...)`."""
     if isinstance(node, ast.Compare):
-        small = any(isinstance(op, ast.Lt | ast.LtE) for op in node.ops)
-        return small and bool(called_in(node.left) & ERRORS)
+        less = any(isinstance(op, ast.Lt | ast.LtE) for op in node.ops)
+        return less and (bool(called_in(node.left) & ERRORS) or is_small(node.comparators[-1]))
     return isinstance(node, ast.Call) and called_in(node, deep=False) <= EQUALITIES
+
+
+def is_small(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, float) and node.value < 0.1
 
 
 def called_in(node: ast.AST, deep: bool = True) -> set[str]:
@@ -162,7 +169,7 @@ def sources() -> dict[str, str]:
 
 
 def test_no_test_compares_only_at_the_start() -> None:
-    tests = Tests(sources())
+    tests = Suite(sources())
     assert tests.functions.keys() >= GOALS
     found = {name: name.partition("::")[0] for name in tests.only_at_the_start()}
     assert [name for name, file in found.items() if not {name, file} & ALLOWED.keys()] == []
@@ -209,5 +216,5 @@ def same(a, b):
     ],
 )
 def test_the_search_finds_them(test: str, found: bool) -> None:
-    tests = Tests({**CHECKS, "tests/test_file.py": f"{HELPERS}\n{test}\n"})
+    tests = Suite({**CHECKS, "tests/test_file.py": f"{HELPERS}\n{test}\n"})
     assert list(tests.only_at_the_start()) == ["tests/test_file.py::test_it"] * found
