@@ -35,7 +35,7 @@ ORDER = list(dict.fromkeys([*MODELS, *(entry.name for entry in (*TIMM, *DIFFUSER
 HEADER = """\
 # Models that are transformed
 
-`make models`: {passed} of {count} models pass; n = 4, float64, training mode. Sites and chains are
+`make zoo`: {passed} of {count} models pass; n = 4, float64, training mode. Sites and chains are
 as many as a reader of the source counts. *Equal*: the transformed model and the plain one, at the
 start, the worst relative error of outputs, and of gradients. *Moved*: how far the outputs are once
 all mHC parameters are perturbed (σ = 0.5); then every group of parameters has a gradient. *Turned*
