@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import mhc_compile  # noqa: E402
 from benchmarks.scale import machine  # noqa: E402
-from tests.zoo import checks  # noqa: E402
+from tests import checks  # noqa: E402
 from tests.zoo.models import BY_NAME, Model  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"

@@ -168,10 +168,15 @@ class Declared:
 
 @dataclass
 class Sites:
-    """The declared sites of some models, tied to a graph by the tensors that it is given."""
+    """The declared sites of some models, tied to a graph by the tensors that it is given.
+
+    Attributes:
+        parameters: the placeholders, by name, of all parameters that the models have.
+    """
 
     roots: Sequence[nn.Module]
     declared: list[Declared] = field(default_factory=list)
+    parameters: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, roots: Sequence[nn.Module], graph: fx.Graph, inputs: Sequence[Any]) -> Sites:
@@ -188,7 +193,17 @@ class Sites:
                     if declared.can_tell:
                         declared.weight = nodes.get(id(part.witness.weight))
                     found.setdefault(id(part), declared)
-        return cls(roots, list(found.values()))
+        held = (p for root in roots for m in root.modules() for p in m._parameters.values())
+        parameters = frozenset(nodes[id(p)].name for p in held if id(p) in nodes)
+        return cls(roots, list(found.values()), parameters)
+
+    def applied_in(self, graph: fx.Graph) -> dict[fx.Node, frozenset[fx.Node]]:
+        """Which weights each operation applies, as when the witnesses were chosen.
+
+        Of all parameters: a witness may be reparametrised together with others (weight_norm).
+        """
+        nodes = graph.find_nodes(op="placeholder")
+        return _applied(graph, {n for n in nodes if n.name in self.parameters})
 
 
 def require_own_branches(sites: Sites, gm: fx.GraphModule, context: Context) -> None:
@@ -202,9 +217,8 @@ def require_own_branches(sites: Sites, gm: fx.GraphModule, context: Context) -> 
     """
     detection = context.detection
     by_phi = {d.phi.name: d for d in sites.declared if d.phi is not None}
-    weights = {d.weight.name for d in sites.declared if d.weight is not None}
     nodes = {n.name: n for n in gm.graph.find_nodes(op="placeholder")}
-    applied = _applied(gm.graph, {nodes[name] for name in weights})
+    applied = sites.applied_in(gm.graph)
     flow = DataFlow(gm.graph)
     for site in detection.sites if detection is not None else ():
         declared = by_phi.get(site.parameters[0].name) if site.parameters else None
@@ -244,8 +258,7 @@ def require_alive(
             alive[site.weight] = alive.get(site.weight, 0) + 1
     if not dead:
         return
-    weights = {d.weight.name for d in dead if d.weight is not None}
-    uses = _count(_applied(gm.graph, {nodes[name] for name in weights}).values())
+    uses = _count(sites.applied_in(gm.graph).values())
     lost = []
     for site in dead:
         witness = site.connection.witness

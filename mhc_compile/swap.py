@@ -161,7 +161,6 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "_mhc_original": original,
-        "forward": _declaring_forward(original),
         "_compiled_call_impl": _checked_call,
         "_replicate_for_data_parallel": _replicate,
         "compile": _compile,
@@ -173,11 +172,17 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
         namespace |= {"recompile": _recompile, "__deepcopy__": _deepcopy_graph_module}
     namespace |= adapters.overrides(original)
     metaclass: Any = type(original)
-    return metaclass(original.__name__, (original,), namespace)
+    swapped: type[nn.Module] = metaclass(original.__name__, (original,), namespace)
+    swapped.forward = _declaring_forward(original, swapped)
+    return swapped
 
 
-def _declaring_forward(original: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of a swapped class, around that of the original class as it is at the call."""
+def _declaring_forward(original: type[nn.Module], swapped: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a swapped class, around that of the original class as it is at the call.
+
+    Traced, it says ``super()``: Dynamo cannot read an attribute of a class that was given to
+    ``torch._dynamo.allow_in_graph``, as diffusers does with its blocks.
+    """
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -188,7 +193,7 @@ def _declaring_forward(original: type[nn.Module]) -> Callable[..., Any]:
         # Not `is_compiling`, which is true in every thread while one of them compiles.
         if torch.compiler.is_dynamo_compiling():
             declare(_declared_tensors(self), self._mhc_spec)
-            return original.forward(self, *args, **kwargs)
+            return super(swapped, self).forward(*args, **kwargs)  # type: ignore[misc]
         return _call_as_root(self, args, kwargs)
 
     return forward
@@ -249,7 +254,7 @@ def _require_own_forward(cls: type[nn.Module]) -> None:
 
 
 # Every such function shares its code; marks on a function are copied by functools.wraps.
-_DECLARING = _declaring_forward(nn.Module).__code__
+_DECLARING = _declaring_forward(nn.Module, nn.Module).__code__
 _ADOPTED = _adopted_forward(nn.Module.forward).__code__
 
 

@@ -624,9 +624,9 @@ class _Detector:
         named = ", ".join([f"'{s.name}' ({s.location})" for s in adds[:4]])
         return (
             f"Sites of chain {number} are missing in this call, and other residual adds stand "
-            f"where they should be: {named}. They would be plain. A submodule was exchanged, or its "
-            "forward replaced, after the model was transformed, or this call takes another path: "
-            "call mhc_compile.revert and transform again, with example inputs that take this path."
+            f"where they should be: {named}. They would be plain. A submodule was exchanged, or "
+            "its forward replaced, after the model was transformed, or this call takes another "
+            "path: call mhc_compile.revert and transform again, with example inputs that take it."
         )
 
     def _part_of_chain(self, number: int) -> str:

@@ -256,7 +256,8 @@ def _functional_form(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any
     if name == "copy_" and len(node.args) == 2 and not kwargs:
         into, source = node.args
         same = is_float_tensor(source) and same_shape(into, source)  # type: ignore[arg-type]
-        return ("clone", (source,), {}) if same and dtype_of(source) == dtype_of(into) else None
+        same = same and dtype_of(source) == dtype_of(into)  # type: ignore[arg-type]
+        return ("clone", (source,), {}) if same else None
     if node.kwargs.get("inplace") or (name == "dropout" and node.args[3:4] == (True,)):
         kwargs["inplace"] = False
         return node.target, node.args[:3] if name == "dropout" else node.args, kwargs

@@ -20,13 +20,14 @@ from mhc_compile import _torch
 from mhc_compile.backend import mhc
 from mhc_compile.passes.pipeline import PIPELINE, REQUIRED
 from mhc_compile.swap import is_swapped
+from tests import checks
+from tests.checks import perturb
 from tests.models import GPT, WIDTH, ids, pair, relative
-from tests.zoo import checks
-from tests.zoo.checks import perturb
 
 # A hit in the cache of compiled graphs generates no kernels.
 UNCACHED = torch._inductor.config.patch(force_disable_caches=True)
 PASSES = [step.name for step in PIPELINE]
+INPUTS = {"ids": ids()}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def inductor(monkeypatch) -> list[dict[str, Any]]:
 
 def assert_equal_runs(model: nn.Module, expected: nn.Module, error: float) -> None:
     """Outputs and the gradients of the expected model's parameters agree."""
-    actual, truth = (checks.run(m, {"ids": ids()}) for m in (model, expected))
+    actual, truth = (checks.run(m, INPUTS) for m in (model, expected))
     actual.gradients.update({k.removeprefix("_orig_mod."): g for k, g in actual.gradients.items()})
     assert checks.output_error(actual.outputs, truth.outputs) < error
     assert checks.gradient_error(actual.gradients, truth.gradients) < 20 * error
@@ -74,12 +75,11 @@ def test_a_plain_model_is_transformed_and_then_compiled():
             for branch in ("attn", "mlp")
             for leaf in ("phi", "alpha", "bias")
         }
-        assert_equal_runs(compiled, plain, 1e-5)
+        checks.assert_transformed(
+            plain, model, INPUTS, outputs=1e-5, gradients=2e-4, moves=1e-2, called=compiled
+        )
         assert torch._inductor.metrics.generated_kernel_count > 10
-    perturb(model)
     assert_equal_runs(compiled, copy.deepcopy(model), 1e-5)
-    assert relative(compiled(ids()), plain(ids())) > 1e-2
-    assert all(p.grad.norm() > 0 for p in mhc_compile.parameters(model) if p.ndim == 2)
 
 
 def test_a_transformed_model_compiles_in_place():
@@ -89,8 +89,11 @@ def test_a_transformed_model_compiles_in_place():
         torch._inductor.metrics.reset()
         assert relative(model(ids()), plain(ids())) < 1e-5
         assert torch._inductor.metrics.generated_kernel_count > 5
-        perturb(model)
-        assert relative(model(ids()), copy.deepcopy(model)(ids())) < 1e-5
+    eager = copy.deepcopy(model)
+    checks.assert_moves(eager, INPUTS)
+    perturb(model)
+    with torch.no_grad():
+        assert relative(model(ids()), eager(ids())) < 1e-5
     assert model.state_dict().keys() == pair(n=2)[1].state_dict().keys()
 
 
@@ -117,7 +120,7 @@ FRONT_DOORS = [
 @pytest.mark.parametrize("settings", FRONT_DOORS)
 def test_arguments_of_compile_are_passed_on(settings, inductor):
     model = pair()[1]
-    perturb(model)
+    checks.assert_moves(model, INPUTS)
     truth = copy.deepcopy(model)
     compiled = torch.compile(copy.deepcopy(model), backend="mhc", **settings)
     model.compile(backend="mhc", **settings)
@@ -144,8 +147,8 @@ def test_a_plain_model_becomes_a_transformed_one(in_place, inductor):
     config = mhc_compile.Config(n=3, exclude="h.0.mlp", readout="head")
     early = mhc_compile.transform(copy.deepcopy(plain), example_inputs=(ids(),), config=config)
     assert model.state_dict().keys() == early.state_dict().keys()
+    checks.assert_moves(early, INPUTS)
     perturb(model)
-    perturb(early)
     assert relative(called(ids()), early(ids())) < 1e-12
     assert len(inductor) == 1
     assert relative(model(ids()), early(ids())) < 1e-12
@@ -155,8 +158,10 @@ def test_the_first_call_of_a_plain_model_trains_it(inductor):
     """The eager first call has gradients like any other."""
     plain = GPT().double()
     model = copy.deepcopy(plain)
-    assert_equal_runs(torch.compile(model, backend="mhc"), plain, 1e-12)
+    compiled = torch.compile(model, backend="mhc")
+    assert_equal_runs(compiled, plain, 1e-12)
     assert all(p.grad is not None for p in mhc_compile.parameters(model))
+    checks.assert_moves(model, INPUTS, called=compiled)
 
 
 def test_one_stream_leaves_a_plain_model_plain(inductor):
@@ -172,7 +177,9 @@ def test_a_model_of_torch_itself_is_found(inductor):
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
     plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     model, x = copy.deepcopy(plain), torch.randn(2, 5, WIDTH)
-    assert relative(torch.compile(model, backend="mhc")(x), plain(x)) < 1e-5
+    compiled = torch.compile(model, backend="mhc")
+    assert relative(compiled(x), plain(x)) < 1e-5
+    checks.assert_moves(model, (x,), called=compiled)
     assert sorted(checks.connections(model)) == [
         f"layers.{layer}.{branch}" for layer in range(2) for branch in ("linear1", "self_attn")
     ]
@@ -186,12 +193,13 @@ def test_a_compiled_part_of_an_eager_model_is_what_is_transformed(inductor):
     for _ in range(2):
         assert relative(model(ids()), plain(ids())) < 1e-12
     assert [is_swapped(m) for m in (model, part)] == [False, True]
+    checks.assert_moves(part, (ids(),), called=model)
     assert len(checks.connections(part)) == 4
 
 
 def test_a_transformed_part_of_a_compiled_model(inductor):
     plain, part = pair()
-    perturb(part)
+    checks.assert_moves(part, INPUTS)
     head = nn.Linear(17, 3).double()
     model = torch.compile(nn.Sequential(part, head), backend="mhc")
     assert relative(model(ids()), head(part(ids()))) < 1e-12
@@ -202,8 +210,7 @@ def test_a_transformed_part_of_a_compiled_model(inductor):
 def test_revert_forgets_the_compilation(inductor):
     plain, model = pair()
     model.compile(backend="mhc")
-    perturb(model)
-    model(ids())
+    checks.assert_moves(model, INPUTS)
     mhc_compile.revert(model)
     assert model(ids()).equal(plain(ids()))
     assert len(inductor) == 1
@@ -249,11 +256,9 @@ def test_every_prefix_of_the_pipeline_can_be_run(count):
     """From `widen` on the graph is the transformed model's; shorter ones are refused below."""
     plain, model = pair(one_layer, disabled=tuple(PASSES[count:]))
     whole = pair(one_layer)[1]
-    assert_equal_runs(model, plain, 1e-12)
-    for m in (model, whole):
-        perturb(m)
+    checks.assert_transformed(plain, model, INPUTS, gradients=2e-11, moves=1e-2)
+    perturb(whole)
     assert_equal_runs(model, whole, 1e-12)
-    assert relative(model(ids()), plain(ids())) > 1e-2
 
 
 @pytest.mark.parametrize("name", REQUIRED)
@@ -273,11 +278,9 @@ def test_every_pass_can_be_left_out(name):
     """The others make a graph of the same function."""
     plain, model = pair(one_layer, disabled=(name,))
     whole = pair(one_layer)[1]
-    assert_equal_runs(model, plain, 1e-12)
-    for m in (model, whole):
-        perturb(m)
+    checks.assert_transformed(plain, model, INPUTS, gradients=2e-11, moves=1e-2)
+    perturb(whole)
     assert_equal_runs(model, whole, 1e-12)
-    assert relative(model(ids()), plain(ids())) > 1e-2
     (entry,) = (e for e in captured_history(model) if e.name == name)
     assert (entry.changed, list(entry.notes)) == (False, ["disabled"])
 

@@ -20,8 +20,8 @@ from mhc_compile import _torch, guard, history, initial, swap
 from mhc_compile.declare import Spec
 from mhc_compile.passes.errors import CheckError, NotTransformedError
 from mhc_compile.swap import SPEC
+from tests import checks
 from tests.models import GPT, ids, pair
-from tests.zoo import checks
 
 CLAIMS = (
     "parameters are trained",

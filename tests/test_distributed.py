@@ -17,6 +17,7 @@ import mhc_compile
 from mhc_compile import _torch
 from mhc_compile.passes.errors import ExampleInputsError, UnsupportedError
 
+from .checks import assert_moves
 from .models import GPT, ids, relative
 
 WIDTH, LAYERS = 128, 4
@@ -28,9 +29,7 @@ def build() -> nn.Module:
     torch.manual_seed(0)
     model = GPT(layers=LAYERS, width=WIDTH)
     mhc_compile.transform(model, n=2, example_inputs=(ids(4),))
-    with torch.no_grad():
-        for p in mhc_compile.parameters(model):
-            p.add_(0.5 * torch.randn_like(p))
+    assert_moves(model, (ids(4),))
     return model
 
 

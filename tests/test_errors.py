@@ -26,8 +26,8 @@ from mhc_compile.passes.errors import (
     NotTransformedError,
     UnsupportedError,
 )
+from tests.checks import assert_moves, assert_transformed, perturb
 from tests.models import GPT, WIDTH, ids, pair, relative
-from tests.zoo.checks import perturb
 
 HERE = re.escape(__file__)
 
@@ -68,7 +68,7 @@ def untouched(model: nn.Module, *inputs: Any) -> Iterator[None]:
 def transformed() -> nn.Module:
     """A transformed model that does not compute what the plain one computes."""
     model = pair()[1]
-    perturb(model)
+    assert_moves(model, (ids(),))
     return model
 
 
@@ -300,19 +300,8 @@ class BreakBehindPositions(GPT):
 
 
 def test_what_a_graph_without_inputs_computes_is_fake_like_the_rest():
-    assert_moves(BreakBehindPositions)
-
-
-def assert_moves(make):
-    """Transformed, perturbed, another function of which everything has a gradient."""
-    model = make().double()
-    plain = copy.deepcopy(model)
-    mhc_compile.transform(model, example_inputs=(ids(),))
-    assert relative(model(ids()), plain(ids())) < 1e-12
-    perturb(model)
-    assert relative(model(ids()), plain(ids())) > 1e-2
-    model(ids()).square().sum().backward()
-    assert all(p.grad.norm() > 0 for p in mhc_compile.parameters(model))
+    plain, model = pair(BreakBehindPositions)
+    assert_transformed(plain, model, (ids(),))
 
 
 @pytest.mark.parametrize("make", [LayerDrop, LayerDropBehindPositions])
@@ -387,10 +376,9 @@ def test_graph_breaks_outside_the_streams_are_fine(capsys):
     assert [len(g.sites) for g in mhc_compile.graphs(model)] == [4]
     whole = pair()[1]
     whole.load_state_dict(model.state_dict())
-    perturb(model)
+    assert_moves(model, (ids(),), moves=1e-2)
     perturb(whole)
     assert relative(model(ids()), whole(ids())) < 1e-12
-    assert relative(model(ids()), plain(ids())) > 1e-2
     assert "behind" in capsys.readouterr().out
 
 
@@ -436,6 +424,7 @@ def test_a_later_graph_break_raises_and_can_be_taken_back(capsys):
             model(ids())
         del model.noisy
     assert relative(model(ids()), plain(ids())) < 1e-12
+    assert_moves(model, (ids(),))
 
 
 # ----------------------------------------------------------------------------------- at wrong times
@@ -708,6 +697,7 @@ def test_the_limit_of_graphs_is_named(monkeypatch):
         model(ids().int())
     model.train()
     assert relative(model(ids()), plain(ids())) < 1e-12
+    assert_moves(model, (ids(),))
 
 
 def test_an_owner_called_by_itself_is_only_a_part_of_a_chain(transformed):
@@ -743,6 +733,7 @@ def test_a_call_whose_path_cuts_the_chain_is_refused():
         model(ids())
     model.restart = False
     assert relative(model(ids()), plain(ids())) < 1e-12
+    assert_moves(model, (ids(),))
 
 
 class Replacing(nn.Module):

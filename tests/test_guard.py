@@ -26,9 +26,9 @@ from mhc_compile.passes import detect as detecting
 from mhc_compile.passes import sites
 from mhc_compile.passes.errors import ChainBrokenError
 from mhc_compile.swap import SPEC
+from tests import checks
 from tests.models import WIDTH, relative
 from tests.test_ownership import CALLS, Block, Own, Root, tokens, truth
-from tests.zoo import checks
 
 
 @pytest.fixture(params=CALLS)

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 import mhc_compile
 from mhc_compile import MhcError
-from tests.zoo.checks import perturb
+from tests.checks import assert_moves
 
 hf.logging.set_verbosity_error()
 VOCAB, WIDTH, LAYERS = 64, 32, 2
@@ -76,9 +76,9 @@ def _transformed(name: str, **options: Any) -> Any:
     return mhc_compile.transform(plain_model(name, **options))
 
 
-def moved(model: Any) -> Any:
-    """The model itself, with all mHC parameters far from where they started."""
-    perturb(model)
+def moved(model: Any, inputs: dict[str, Tensor] | None = None) -> Any:
+    """The model itself, with all mHC parameters far from where they started, and seen to act."""
+    assert_moves(model, inputs or inputs_of(model.config.model_type))
     return model
 
 
@@ -283,12 +283,14 @@ def kept_for_backward(call: Callable[[], Tensor]) -> tuple[Tensor, int]:
     return result, sum(size for _, size in kept.values())
 
 
+TRAINING = {"input_ids": tokens(4, 16), "labels": tokens(4, 16)}
+
+
 def train_step(model: nn.Module) -> tuple[Tensor, int, dict[str, Tensor]]:
     """Loss, bytes kept and gradients of one call with dropout, from one random state."""
     model.train().zero_grad()
     torch.manual_seed(3)
-    ids = tokens(4, 16)
-    loss, size = kept_for_backward(lambda: model(input_ids=ids, labels=ids).loss)
+    loss, size = kept_for_backward(lambda: model(**TRAINING).loss)
     loss.backward()
     gradients = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), size, gradients
@@ -311,7 +313,7 @@ def test_gradient_checkpointing_with_dropout(name: str, use_reentrant: bool) -> 
     torch.testing.assert_close(loss, plain_loss)
     torch.testing.assert_close(checkpointed_gradients, gradients)
 
-    loss, _, checkpointed_gradients = train_step(moved(model))
+    loss, _, checkpointed_gradients = train_step(moved(model, TRAINING))
     model.gradient_checkpointing_disable()
     expected, size_again, gradients = train_step(model)
     assert size_again == size
@@ -427,6 +429,7 @@ def test_frozen_base_parameters_train_only_the_mhc_ones(when: str) -> None:
     assert all(p.grad is None for key, p in model.named_parameters() if "mhc." not in key)
     now = model.state_dict()
     assert {key for key in now if not now[key].equal(before[key])} == mhc_keys(model)
+    moved(model)
 
 
 def test_functional_call_with_other_parameters() -> None:

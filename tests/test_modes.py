@@ -19,13 +19,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
 from mhc_compile.kernels import reference
+from tests import checks
+from tests.checks import perturb
 from tests.models import GPT, WIDTH, Block, ids, pair, relative
-from tests.zoo import checks
-from tests.zoo.checks import perturb
 
 EXACT = 1e-12
 
@@ -110,8 +111,8 @@ def test_every_mode_equals_the_plain_model_with_no_more_graphs():
 
 def test_perturbed_every_mode_computes_the_same_function():
     plain, model = pair(lambda: GPT(layers=1))
-    perturb(model)
     x = ids(3, 7)
+    checks.assert_moves(model, (x,))
     truth = output(model, x).detach()
     assert relative(truth, output(plain, x)) > 1e-2
     for context, training in MODES.values():
@@ -138,7 +139,7 @@ def test_bfloat16_is_no_farther_from_the_truth_than_the_plain_model():
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 def test_a_cast_model_computes_the_same_function(dtype, error):
     model = pair()[1]
-    perturb(model)
+    checks.assert_moves(model, (ids(),))
     truth = output(model, ids()).detach()
     assert relative(output(model.to(dtype), ids()), truth) < error
 
@@ -147,8 +148,8 @@ def test_a_cast_model_computes_the_same_function(dtype, error):
 def test_streams_may_have_a_dtype_of_their_own(stream_dtype):
     plain, model = pair(dtype=torch.bfloat16, stream_dtype=stream_dtype)
     truth_model = pair(dtype=torch.bfloat16)[1].double()
-    for m in (model, truth_model):
-        perturb(m)
+    checks.assert_moves(truth_model, (ids(),))
+    perturb(model)
     actual, truth = output(model, ids()), output(truth_model, ids())
     assert actual.dtype is torch.bfloat16
     assert relative(actual, truth) < 5e-2
@@ -175,7 +176,7 @@ def test_ambient_autocast(training):
     assert relative(actual, truth) < 1.5 * relative(expected, truth)
     assert relative(output(model, ids()), output(plain, ids())) < 1e-5
 
-    perturb(model)
+    checks.assert_moves(model, (ids(),))
     truth = output(copy.deepcopy(model).double(), ids())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert relative(output(model, ids()), truth) < 2e-2
@@ -199,7 +200,7 @@ def test_autocast_inside_the_model():
     error = relative(output(plain, ids()), truth)
     assert error > 1e-4
     assert relative(output(model, ids()), truth) < 1.5 * error
-    perturb(model)
+    checks.assert_moves(model, (ids(),))
     truth = output(copy.deepcopy(model).double(), ids())
     assert relative(output(model, ids()), truth) < 2e-2
     assert_changed(plain, model, ids())
@@ -228,7 +229,7 @@ def test_the_fused_path_of_torch_layers_does_not_hide_the_adds(norm_first, froze
     for context in (torch.no_grad, torch.inference_mode, contextlib.nullcontext):
         with context():
             assert relative(model(x), plain(x)) < EXACT
-    perturb(model)
+    checks.assert_moves(model, (x,))
     truth = model(x)
     assert truth.requires_grad
     with torch.no_grad():
@@ -271,7 +272,7 @@ def test_checkpointing_inside_the_model():
 )
 def test_copies_are_transformed_and_independent(copied):
     model = pair()[1]
-    perturb(model)
+    checks.assert_moves(model, (ids(),))
     truth = output(model, ids()).detach()
     twin = copied(model)
     assert type(twin).__name__ == "GPT" and isinstance(twin, GPT)
@@ -292,7 +293,7 @@ def saved(model: nn.Module) -> io.BytesIO:
 def test_functional_call_uses_the_given_parameters():
     model = pair()[1]
     twin = copy.deepcopy(model)
-    perturb(twin)
+    checks.assert_moves(twin, (ids(),))
     given = dict(twin.named_parameters())
     expected = model(ids())
     assert functional_call(model, given, (ids(),)).equal(twin(ids()))
@@ -323,7 +324,7 @@ def test_an_encoder_alone_may_be_called():
     around = nn.Sequential(GPT(), nn.Linear(17, 3)).double()
     plain = copy.deepcopy(around)
     mhc_compile.transform(around, example_inputs=(ids(),))
-    perturb(around)
+    checks.assert_moves(around, (ids(),))
     inner = around[0](ids())
     assert relative(around(ids()), plain[1](inner)) < EXACT
     assert relative(inner, plain[0](ids())) > 1e-2
@@ -410,13 +411,13 @@ def test_layers_skipped_by_a_flag_keep_the_names_of_the_others():
     plain, model = pair(lambda: Skipping(layers=3))
     all_names = [s.name for s in sites_of(model, ids())]
     assert all_names == [f"h.{i}.{b}" for i in range(3) for b in ("attn", "mlp")]
-    for skipped in ((), (0,), (1,), (0, 2), (0, 1, 2)):
+    for skipped in ((), (0,), (1,), (0, 1, 2), (0, 2)):
         plain.skipped = model.skipped = skipped
         assert relative(output(model, ids()), output(plain, ids())) < EXACT
         expected = [n for n in all_names if int(n[2]) not in skipped]
         if expected:
             assert [s.name for s in mhc_compile.graphs(model)[-1].sites] == expected
-    perturb(model)
+    checks.assert_moves(model, (ids(),), idle=lambda site, group: int(site[2]) in model.skipped)
     # A shorter model with the same parameters is the truth for the skipped layers.
     short = pair(lambda: Skipping(layers=2))[1]
     kept = {k.replace("h.2", "h.1"): v for k, v in model.state_dict().items() if "h.1" not in k}
@@ -447,8 +448,8 @@ def test_returned_states_are_read_out():
         assert relative(actual, expected) < EXACT
     silent = pair()[1]
     silent.load_state_dict(model.state_dict())
-    for m in (silent, model):
-        perturb(m)
+    checks.assert_moves(model, (ids(),))
+    perturb(silent)
     logits, states = model(ids())
     assert relative(logits, silent(ids())) < EXACT
     assert relative(logits, model.head(model.ln_f(states[-1]))) < EXACT
@@ -646,3 +647,29 @@ def test_threads_that_call_one_model_at_once():
         expected = output(plain, ids(2, length))
         assert all(relative(out, expected) < EXACT for out in outputs)
     assert_preserved(plain, model, ids())
+
+
+# -------------------------------------------------------------------------- how a block is written
+
+
+class AllowedInGraph(Block):
+    """A class given to `allow_in_graph`: Dynamo traces its calls, but reads no attribute of it."""
+
+
+torch._dynamo.allow_in_graph(AllowedInGraph)
+
+
+class WeightNormed(Block):
+    """Branches whose weight is computed from two parameters, of which neither acts by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.mlp = (weight_norm(nn.Linear(WIDTH, WIDTH)) for _ in range(2))
+
+
+@pytest.mark.parametrize("block", [AllowedInGraph, WeightNormed])
+def test_blocks_written_in_other_ways(block):
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    plain, model = pair(lambda: nn.Sequential(block(), block()), example_inputs=(x,))
+    assert names(model) == [f"{i}.{branch}" for i in range(2) for branch in ("attn", "mlp")]
+    assert_preserved(plain, model, x)

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import mhc_compile
 from mhc_compile import _torch
-from tests.zoo import checks
+from tests import checks
 from tests.zoo.truth import Streams, readout
 
 WIDTH = 8

@@ -20,8 +20,8 @@ from mhc_compile import Config, _torch
 from mhc_compile.partitioned import PartitionedPasses, digest, sources
 from mhc_compile.passes.operators import op_name
 from mhc_compile.passes.runner import HistoryEntry
+from tests.checks import error
 from tests.passes.seams import Chain, loss
-from tests.zoo.checks import error
 
 ON, OFF = Config(), Config(disabled=("fuse_seams",))
 

@@ -10,6 +10,7 @@ from torch import nn
 import mhc_compile
 from mhc_compile.passes.errors import CheckpointError, NotTransformedError
 from mhc_compile.persistence import CONFIG_FILE, WEIGHTS_FILE
+from tests.checks import assert_moves
 
 WIDTH = 8
 
@@ -45,9 +46,7 @@ def transformed(model: nn.Module, **options) -> nn.Module:
     """A transformed model whose mHC parameters are not where they started."""
     config = mhc_compile.Config(**options)
     mhc_compile.transform(model, n=config.n, example_inputs=INPUT, config=config)
-    with torch.no_grad():
-        for parameter in mhc_compile.parameters(model):
-            parameter.add_(torch.randn_like(parameter), alpha=0.5)
+    assert_moves(model, INPUT)
     return model
 
 

@@ -17,8 +17,8 @@ import mhc_compile
 from mhc_compile import Config, Reason, _torch
 from mhc_compile.passes.errors import NoSitesError, NotTransformedError, UnsupportedError
 from mhc_compile.swap import is_swapped
+from tests.checks import assert_moves, gradient_error, output_error, run
 from tests.zoo import hyper
-from tests.zoo.checks import gradient_error, output_error, run
 from tests.zoo.rewritten import partition
 
 MIRROR = {
@@ -212,6 +212,7 @@ def test_what_only_looks_like_connections_is_not_left_in_silence() -> None:
     torch.testing.assert_close(transformed(x), plain(x))
     (graph,) = mhc_compile.graphs(transformed)
     assert [site.name for site in graph.sites] == ["rules_0", "rules_1"]
+    assert_moves(transformed, (x,))
 
 
 def test_deepseek_v4_in_bfloat16_is_fused_where_it_does_not_round() -> None:
@@ -382,3 +383,4 @@ def test_a_transformed_model_with_a_part_of_its_own() -> None:
     own = ["paper.blocks.0.mixer_hc", "paper.blocks.0.mlp_hc"]
     assert [site.name for site in graph.sites] == ["a", "b", *own]
     assert operators(graph, "captured") == ["coefficients", "pre", "post_res"] * 4
+    assert_moves(model, (x,))

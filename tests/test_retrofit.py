@@ -14,7 +14,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import mhc_compile
-from tests.zoo.checks import perturb
+from tests.checks import assert_moves
 
 hf.logging.set_verbosity_error()
 LAYERS = 6
@@ -75,7 +75,8 @@ def test_a_pretrained_encoder_keeps_its_embeddings_and_learns() -> None:
     assert len(after) == 3 * 2 * LAYERS
     assert not any(a.equal(b) for a, b in zip(after, before, strict=True))
 
-    perturb(model)
+    ids = {"input_ids": torch.randint(1000, 2000, (2, 8))}
+    assert_moves(model, ids)
     with torch.no_grad():
         assert (embed(model, tokenizer, texts) - expected).norm() / expected.norm() > 0.1
     mhc_compile.revert(model)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers.utils.generic import find_labels
 
 import mhc_compile
+from tests.checks import assert_moves
 
 hf.logging.set_verbosity_error()
 LENGTH, STEPS = 32, 20
@@ -45,7 +46,9 @@ def make_model(layers: int = 2, dropout: float = 0.1) -> Any:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": LENGTH}
     config = hf.LlamaConfig(vocab_size=256, **sizes, **heads, attention_dropout=dropout)
-    return mhc_compile.transform(hf.LlamaForCausalLM(config))
+    model = mhc_compile.transform(hf.LlamaForCausalLM(config))
+    assert_moves(model, {"input_ids": torch.randint(256, (2, 8)), "use_cache": False})
+    return model
 
 
 def make_trainer(model: nn.Module, folder: Path, **options: Any) -> hf.Trainer:

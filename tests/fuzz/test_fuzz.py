@@ -33,7 +33,7 @@ from mhc_compile.passes.canonicalize import canonicalize
 from mhc_compile.passes.detect import detect
 from mhc_compile.passes.errors import NoSitesError
 from mhc_compile.transform import context_of
-from tests.zoo import checks
+from tests import checks
 from tests.zoo.rewritten import Captured
 
 from .capture import captured
@@ -159,12 +159,11 @@ def check_program(program: Program, *, thorough: bool = False) -> None:
     assert len(list(mhc_compile.parameters(model))) == 3 * len(sites)
     assert_as_exact(equal, plain, exact)
 
-    checks.perturb(model)
-    other = run(model, inputs)
+    blur = checks.output_error(plain.outputs, exact.outputs)
+    moves = 10 * (ROUNDING + FACTOR * blur)
+    other = checks.assert_moves(model, inputs, plain, moves=moves)
     assert all(o.isfinite().all() for o in other.outputs)
     assert all(g.isfinite().all() for g in other.gradients.values())
-    blur = checks.output_error(plain.outputs, exact.outputs)
-    assert checks.output_error(other.outputs, plain.outputs) > 10 * (ROUNDING + FACTOR * blur)
     number = sum(repr(program).encode())
     if thorough or number % EVERY == 0:
         check_passes(program, calls, number // EVERY)

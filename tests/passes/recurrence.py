@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile import _torch
-from tests.zoo.checks import split_groups
+from tests import checks
 from tests.zoo.rewritten import partition
 
 from .graphs import WIDTH, Program, stream
@@ -66,9 +66,7 @@ def leaves(value: Any) -> list[Tensor]:
 
 
 def perturb(model: nn.Module) -> None:
-    with torch.no_grad():
-        for p in mhc_compile.parameters(model):
-            p.add_(0.7 * torch.randn_like(p))
+    checks.perturb(model, sigma=0.7)
 
 
 def perturbed(
@@ -144,7 +142,7 @@ def without_gradient(model: nn.Module, outputs: list[Tensor]) -> set[str]:
         filled = [
             torch.zeros_like(p) if g is None else g for p, g in zip(leaves, given, strict=True)
         ]
-        for group, gradient in split_groups(*filled, N).items():
+        for group, gradient in checks.split_groups(*filled, [N, N, N * N]).items():
             if gradient.norm() < 1e-2 * torch.finfo(gradient.dtype).eps ** 0.5:
                 found.add(f"{name}.{group.split('_')[1]}")
     return found

@@ -17,8 +17,8 @@ from mhc_compile.passes.context import Context, Options
 from mhc_compile.passes.fuse_seams import fuse_seams
 from mhc_compile.passes.fusion import sum_of
 from mhc_compile.passes.operators import op_name, value_of
+from tests.checks import error
 from tests.passes.seams import EPS, WIDTH, Chain, Result, loss, ops, run
-from tests.zoo.checks import error
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 

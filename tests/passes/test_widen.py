@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import mhc_compile
+from tests.checks import assert_moves
 
 from .graphs import WIDTH, Program, stream
 from .recurrence import N, expand, leaves, norm, perturb, perturbed, site
@@ -210,6 +211,7 @@ def test_dropout_draws_the_mask_of_the_plain_model(plain) -> None:
     mhc_compile.transform(model, n=N, example_inputs=(x,))
     torch.manual_seed(3)
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert_moves(model, (x,))
 
 
 def test_a_branch_may_view_what_it_could_view_before() -> None:
@@ -225,6 +227,7 @@ def test_a_branch_may_view_what_it_could_view_before() -> None:
     expected = model(x)
     mhc_compile.transform(model, n=N, example_inputs=(x,))
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert_moves(model, (x,))
 
 
 def test_a_reduction_over_the_stream_is_computed_over_all_streams() -> None:

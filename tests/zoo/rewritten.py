@@ -26,8 +26,7 @@ from mhc_compile.backend import eager, mhc
 from mhc_compile.capture import copy_graph
 from mhc_compile.declare import Spec, declaration_nodes
 from mhc_compile.passes.runner import HistoryEntry
-
-from .checks import Run, loss_of, perturb, tensors
+from tests.checks import Run, connections, loss_of, perturb, tensors
 
 _FLOATS = torch._dynamo.config.patch(specialize_float=True)
 """Else a dynamic graph reads floats from tensors, which only Dynamo's tracing knows."""
@@ -99,6 +98,7 @@ class Captured:
             for each in inputs:
                 compiled(**each)
         torch._dynamo.reset()
+        assert {site.name for site in found.sites} == connections(model).keys()
         return found
 
     def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

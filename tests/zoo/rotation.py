@@ -27,15 +27,14 @@ of 1e-43 is nothing beside 1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import mhc_compile
-
-from . import checks
+from tests import checks
 
 LARGE = 100.0
 """A logit behind which sigmoid and Sinkhorn-Knopp leave 0 or 1."""
@@ -46,9 +45,24 @@ DIFFERENT = 1e-7
 """What another function differs by at least."""
 
 
+@dataclass(frozen=True)
+class Turns:
+    """What the routes showed, as relative errors of outputs and gradients.
+
+    Attributes:
+        turned: how far two routes are apart, at most.
+        plain: how far the routes are from the plain model.
+        lost: how far a route is from one that loses its stream, at least; None without such sites.
+    """
+
+    turned: float
+    plain: float
+    lost: float | None
+
+
 def assert_streams_take_turns(
     plain: nn.Module, model: nn.Module, inputs: Mapping[str, Any], n: int = 4
-) -> None:
+) -> Turns:
     """Compare all routes through a transformed float64 model, and routes that lose their stream.
 
     Args:
@@ -67,17 +81,21 @@ def assert_streams_take_turns(
     for begin in range(n):
         set_route(model, sites, n, begin)
         runs.append(checks.run(model, inputs))
-    for turned in runs[1:]:
-        assert checks.output_error(turned.outputs, runs[0].outputs) <= SAME
-        assert checks.gradient_error(turned.gradients, own_gradients(plain, runs[0])) <= SAME
-    assert checks.output_error(runs[0].outputs, unrouted.outputs) > DIFFERENT
+    own = own_gradients(plain, runs[0])
+    apart = [checks.output_error(run.outputs, runs[0].outputs) for run in runs[1:]]
+    apart += [checks.gradient_error(run.gradients, own) for run in runs[1:]]
+    assert max(apart) <= SAME
+    from_plain = checks.output_error(runs[0].outputs, unrouted.outputs)
+    assert from_plain > DIFFERENT
 
+    from_right = []
     for site in (site for site in sites if site.previous is not None):
         lost = []
         for offset in range(1, n):
             set_route(model, sites, n, begin=0, lost=(site, offset))
             lost.append(checks.outputs_of(model, inputs))
-        assert checks.output_error(lost[0], runs[0].outputs) > DIFFERENT, (
+        from_right.append(checks.output_error(lost[0], runs[0].outputs))
+        assert from_right[-1] > DIFFERENT, (
             f"{site.name} does not mind which stream it reads: the streams in front of it are "
             "equal, or it is no site"
         )
@@ -85,6 +103,7 @@ def assert_streams_take_turns(
             assert checks.output_error(other, lost[0]) <= SAME, (
                 f"in front of {site.name} there is more than one stream that differs from the start"
             )
+    return Turns(max(apart), from_plain, min(from_right, default=None))
 
 
 def own_gradients(plain: nn.Module, run: checks.Run) -> dict[str, Tensor]:
@@ -93,8 +112,8 @@ def own_gradients(plain: nn.Module, run: checks.Run) -> dict[str, Tensor]:
 
 
 def sites_of(model: nn.Module) -> Sequence[Any]:
-    """The sites of the last graph, in the order of the forward: those that have parameters."""
-    sites = mhc_compile.graphs(model)[-1].sites
+    """The sites in the order of the forward: those that have parameters, and no other."""
+    sites = checks.sites_of(model)
     apart = checks.connections(model).keys() ^ {site.name for site in sites}
     assert not apart, f"only with parameters, or only in the graph: {sorted(apart)}"
     return sites

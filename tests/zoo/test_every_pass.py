@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mhc_compile.passes.operators import op_name
 from mhc_compile.passes.pipeline import PIPELINE, REQUIRED
+from tests.checks import Run, gradient_error, output_error
 from tests.models import GPT, ids
-from tests.zoo.checks import Run, gradient_error, output_error
 from tests.zoo.rewritten import Captured
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64

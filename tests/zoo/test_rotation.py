@@ -14,11 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import mhc_compile
+from benchmarks.rotation import measure
 from mhc_compile import Config
 from mhc_compile.kernels import reference
+from mhc_compile.passes.errors import GraphBreakError
+from tests import checks
+from tests.checks import output_error, run
 from tests.models import GPT, ids
-from tests.zoo.checks import output_error, run
 from tests.zoo.models import Model, every
+from tests.zoo.more import MORE, REFUSED
 from tests.zoo.rotation import assert_streams_take_turns
 
 OPEN = ("recognize", "defer_norm", "fuse_coefficients")
@@ -32,11 +36,20 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("entry", every(6), ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", [*every(10), *every(10, MORE)], ids=lambda entry: entry.name)
 def test_streams_take_turns_in(entry: Model) -> None:
-    plain, inputs = entry.make(torch.float64), entry.example(torch.float64)
-    model = mhc_compile.transform(copy.deepcopy(plain), example_inputs=inputs)
-    assert_streams_take_turns(plain, model, inputs)
+    """benchmarks/rotation.py writes down the same for every model, and for which versions."""
+    measure(entry)
+
+
+@pytest.mark.parametrize("entry", REFUSED, ids=lambda entry: entry.name)
+def test_a_model_without_a_whole_graph_is_refused(entry: Model) -> None:
+    model, inputs = entry.make(), entry.example()
+    expected = checks.outputs_of(model, inputs)
+    with pytest.raises(GraphBreakError, match=r"depends on the value of a tensor at .*py:\d+"):
+        mhc_compile.transform(model, example_inputs=inputs)
+    assert not any("mhc." in key for key in model.state_dict())
+    assert checks.output_error(checks.outputs_of(model, inputs), expected) == 0
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])

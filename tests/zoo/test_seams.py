@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from mhc_compile.passes.operators import op_name, value_of
-from tests.zoo.checks import Run, gradient_error, output_error
+from tests.checks import Run, gradient_error, output_error
 from tests.zoo.models import BY_NAME
 from tests.zoo.rewritten import Captured, Rewritten
 

@@ -17,7 +17,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from mhc_compile import MhcError
-from tests.zoo.checks import Run, gradient_errors
+from tests.checks import Run, gradient_errors
 from tests.zoo.models import Model, every
 from tests.zoo.rewritten import Captured, Rewritten
 from tests.zoo.test_every_pass import ALONE, BF16, FP32, FP64, OPEN, PREFIXES, error

@@ -15,7 +15,7 @@ from torch import nn
 
 import mhc_compile
 from mhc_compile import Reason
-from tests.zoo import checks
+from tests import checks
 from tests.zoo.models import BY_NAME, ZOO, Model, every
 from tests.zoo.truth import TRUTHS
 

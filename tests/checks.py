@@ -206,12 +206,22 @@ def assert_same(actual: Run, expected: Run, outputs: float, gradients: float) ->
         )
 
 
+def sites_of(model: nn.Module) -> list[Any]:
+    """Each site as it stands in the graph that was captured last of those that have it."""
+    found: dict[str, Any] = {}
+    for graph in mhc_compile.graphs(model):  # of one call there may be several: in front, behind
+        for site in graph.sites:
+            found.pop(site.name, None)
+            found[site.name] = site
+    return list(found.values())
+
+
 def firsts(model: nn.Module) -> set[str]:
-    """Names of the sites at which a chain begins, from the graph that was captured last.
+    """Names of the sites at which a chain begins, as the model names them.
 
     A graph names them from the module that was called, which a wrapper may hold.
     """
-    first = {s.name for s in mhc_compile.graphs(model)[-1].sites if s.previous is None}
+    first = {site.name for site in sites_of(model) if site.previous is None}
     return {n for n in connections(model) if any(n == f or n.endswith(f".{f}") for f in first)}
 
 
@@ -238,6 +248,42 @@ class Compared:
     perturbed: Run
 
 
+@torch.enable_grad()
+def assert_moves(
+    model: nn.Module,
+    inputs: Inputs,
+    start: Run | None = None,
+    *,
+    moves: float = 1e-3,
+    idle: Callable[[str, str], bool] = lambda site, group: False,
+    called: Callable[..., Any] | None = None,
+) -> Run:
+    """Perturb all mHC parameters, and require what would not be so if sites were in no graph.
+
+    The output must then differ, and a gradient reach every group of every site, but H_res of a
+    chain's first site, where all streams are equal. The parameters stay perturbed: see
+    `parameters_kept`. Gradients are cleared.
+
+    Args:
+        model: a transformed model.
+        inputs: arguments of a call.
+        start: what the model, or the plain one, computes before; by default the model is run.
+        moves: how far the output must move, relative to its norm.
+        idle: further groups without a gradient, `idle(site, group)`; say why.
+        called: what is called in the place of `model`, such as a compiled or wrapped model.
+    """
+    before = start or run(model, inputs, called=called)
+    perturb(model)
+    perturbed = run(model, inputs, called=called)
+    assert output_error(perturbed.outputs, before.outputs) > moves
+    first = firsts(model)
+    assert_learning(
+        model, lambda site, group: (site in first and group.endswith("res")) or idle(site, group)
+    )
+    model.zero_grad(set_to_none=True)
+    return perturbed
+
+
 def assert_transformed(
     plain: nn.Module,
     model: nn.Module,
@@ -252,9 +298,7 @@ def assert_transformed(
     """The model computes what the plain one does, and would not if its sites were not there.
 
     Equality at the start proves little: it also holds for a model whose sites are in no graph. So
-    all mHC parameters are perturbed (they stay so: see `parameters_kept`), and then the output must
-    differ and a gradient reach every group of every site, but H_res of a chain's first site, where
-    all streams are equal.
+    `assert_moves` follows, and leaves the parameters perturbed.
 
     Args:
         plain: the model before it was transformed.
@@ -262,19 +306,10 @@ def assert_transformed(
         inputs: arguments of a call.
         outputs, gradients: how far outputs and gradients of the plain model's parameters may be
             apart, relative to their norm.
-        moves: how far the output must move.
-        idle: further groups without a gradient, `idle(site, group)`; say why.
-        called: what is called in the place of `model`, such as a compiled or wrapped model.
+        moves, idle, called: as in `assert_moves`.
     """
     expected = run(plain, inputs)
     start = run(model, inputs, called=called)
     assert_same(start, expected, outputs, gradients)
-
-    perturb(model)
-    perturbed = run(model, inputs, called=called)
-    assert output_error(perturbed.outputs, expected.outputs) > moves
-    first = firsts(model)
-    assert_learning(
-        model, lambda site, group: (site in first and group.endswith("res")) or idle(site, group)
-    )
-    return Compared(expected, start, perturbed)
+    moved = assert_moves(model, inputs, expected, moves=moves, idle=idle, called=called)
+    return Compared(expected, start, moved)
