@@ -6,6 +6,7 @@ from .history import RewrittenGraph, graphs
 from .passes.errors import MhcError
 from .passes.sites import Reason
 from .persistence import load, save
+from .pretrained import from_pretrained
 from .transform import parameters, revert, transform
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Reason",
     "RewrittenGraph",
     "explain",
+    "from_pretrained",
     "graphs",
     "load",
     "parameters",

@@ -21,8 +21,12 @@ from __future__ import annotations
 import contextvars
 import functools
 import types
+<<<<<<< HEAD
+from collections.abc import Callable, Iterator
+=======
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+>>>>>>> main
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,9 +34,9 @@ import torch
 from torch import fx, nn
 
 from . import _torch, adapters
-from .connection import StreamParameters
+from .connection import refuse_other_state
 from .declare import Spec, declare
-from .passes.errors import CheckpointError, MhcError, NotCapturedError, UnsupportedError
+from .passes.errors import MhcError, NotCapturedError, UnsupportedError
 
 __all__ = ["calling_root", "find", "is_swapped", "original_class", "restore", "swap"]
 
@@ -127,7 +131,7 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
         "_compiled_call_impl": _checked_call,
         "_replicate_for_data_parallel": _replicate,
         "compile": _compile,
-        "load_state_dict": _load_state_dict,
+        "_load_from_state_dict": _load_from_state_dict,
         "__prepare_scriptable__": _refuse_export,
         "__reduce_ex__": _reduce,
     }
@@ -373,19 +377,15 @@ def _why_not_captured(module: nn.Module, root: nn.Module) -> str:
     return f"{name} is part of a transformed model and ran outside every captured graph. {cause}"
 
 
-def _load_state_dict(
-    self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any
-) -> Any:
-    """``nn.Module.load_state_dict`` that loads nothing where mHC parameters do not fit."""
-    problems = [
-        problem
-        for path, module in self.named_modules()
-        if isinstance(module, StreamParameters)
-        and (problem := module.why_not(state_dict, f"{path}."))
-    ]
-    if problems:
-        raise CheckpointError(f"{type(self).__name__}: {'; '.join(problems)}")
-    return original_class(self).load_state_dict(self, state_dict, *args, **kwargs)
+def _load_from_state_dict(
+    self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any
+) -> None:
+    """Loads nothing where mHC parameters do not fit, whoever's ``load_state_dict`` was called.
+
+    A module comes before its children, and is handed what all of them will get.
+    """
+    refuse_other_state(self, state_dict, prefix)
+    original_class(self)._load_from_state_dict(self, state_dict, prefix, *rest)
 
 
 # --- copies -------------------------------------------------------------------------------------

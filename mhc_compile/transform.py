@@ -395,8 +395,9 @@ def _make_parameters(
             value = site.node.meta["example_value"]
             dtype = torch.float64 if value.dtype is torch.float64 else torch.float32
             place: dict[str, Any] = {"dtype": dtype, "device": value.device}
+            role: dict[str, Any] = {"index": site.position, "last": site in last}
             parts: list[StreamParameters] = [
-                Connection(site.width, config, index=site.position, linear=site.linear, **place)
+                Connection(site.width, config, linear=site.linear, **role, **place)
             ]
             container[site.branch_name] = parts[0]
             if site in last and config.readout == "head":

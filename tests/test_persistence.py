@@ -172,7 +172,7 @@ def test_weights_of_another_n_are_refused_with_both_numbers(tmp_path):
     file = tmp_path / CONFIG_FILE
     file.write_text(file.read_text().replace('"n": 2', '"n": 4'))
     model = Model()
-    with pytest.raises(CheckpointError, match=r"the checkpoint has n=2 .* this model has n=4"):
+    with pytest.raises(CheckpointError, match=r"the checkpoint has n=2, this model has n=4"):
         mhc_compile.load(model, tmp_path, example_inputs=INPUT)
     assert_plain(model)
 
