@@ -21,12 +21,8 @@ from __future__ import annotations
 import contextvars
 import functools
 import types
-<<<<<<< HEAD
-from collections.abc import Callable, Iterator
-=======
 import weakref
-from collections.abc import Callable, Iterator, Mapping
->>>>>>> main
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
