@@ -4,6 +4,7 @@ They hold parameters and compute nothing: the rewritten graph does. Where they h
 their meaning: on the module that owns the add, as `<owner>.mhc.<branch>.phi | alpha | bias`.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -262,6 +263,15 @@ class Connections(nn.Module):
     def tensors(self) -> list[nn.Parameter]:
         """All parameters in the order of registration, three to a module (traced by Dynamo)."""
         return [p for m in self._modules.values() for p in (m.phi, m.alpha, m.bias)]  # type: ignore[union-attr,misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Connections":
+        """Copied alone (PEFT does that), its sites are known by the weights of the same model."""
+        if not memo:
+            known = (m.witness for m in self.modules() if isinstance(m, Connection))
+            memo |= {id(w.module): w.module for w in known if w is not None}
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     # --- state dicts ---------------------------------------------------------------------------
 
