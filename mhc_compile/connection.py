@@ -5,6 +5,7 @@ their meaning: on the module that owns the add, as `<owner>.mhc.<branch>.phi | a
 """
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,6 +21,8 @@ from .passes.errors import CheckpointError
 EXACT_DTYPES = (torch.float32, torch.float64)
 LARGEST_N_NAMED = 64
 """How far to search for the n of a checkpoint when an error names it."""
+_LEFT_OUT = re.compile(r"\b_(checkpoint|fsdp)_wrapped_module\.")
+"""Names of wrappers that leave themselves out of a state dict, but not out of `named_modules`."""
 ENTRY = "_extra_state"
 """PyTorch's name for what `get_extra_state` adds to a state dict."""
 
@@ -353,9 +356,11 @@ def why_not_loaded(
     for path, module in modules.items():
         if isinstance(module, Connections | StreamParameters) and not path.startswith(refused):
             name = f"{path}." if path else ""
-            if problem := module.why_not(state_dict, prefix + name):
-                problems.setdefault(problem, []).append(path)
-                refused += (name,)  # the shapes inside differ because the function does
+            for known in {name, _LEFT_OUT.sub("", name)}:
+                if problem := module.why_not(state_dict, prefix + known):
+                    problems.setdefault(problem, []).append(path)
+                    refused += (name,)  # the shapes inside differ because the function does
+                    break
     return "; ".join(f"{_places(paths)}{what}" for what, paths in problems.items()) or None
 
 

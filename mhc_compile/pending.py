@@ -72,7 +72,7 @@ def _pending_class(original: Any) -> Any:
         "__reduce_ex__": _reduce,
         "forward": _first_forward(original),
         "named_modules": _named_modules,
-        **dict.fromkeys(("state_dict", "load_state_dict", "compile"), _refuse),
+        **dict.fromkeys(("state_dict", "_load_from_state_dict", "compile"), _refuse),
     }
     metaclass: Any = type(original)
     return metaclass(original.__name__, (original,), namespace)
