@@ -89,4 +89,6 @@ def _listed(description: dict[str, Any], names: list[str]) -> str:
 
 
 def _role(sites: dict[str, str], name: str) -> str:
-    return f"{sites[name]} in its chain" if name in sites else "no n-stream site"
+    if name not in sites:
+        return "no n-stream site"
+    return "inside its chain" if sites[name] == "inside" else f"{sites[name]} in its chain"

@@ -110,7 +110,7 @@ def test_options_that_differ_are_named_with_both_values_and_what_to_write():
 def test_sites_that_differ_are_named_with_both_places():
     own = {**DESCRIPTION, "sites": {"self_attn": "inside", "mlp": "inside", "more": "last"}}
     found = differences(DESCRIPTION, own)
-    assert "site 'self_attn' is first in its chain in the checkpoint, inside in its" in found
+    assert "site 'self_attn' is first in its chain in the checkpoint, inside its chain" in found
     assert "site 'größe' is last in its chain in the checkpoint, no n-stream site" in found
     assert "site 'more' is no n-stream site in the checkpoint, last in its chain" in found
     assert "mlp" not in found
