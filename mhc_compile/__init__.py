@@ -7,6 +7,7 @@ from .history import RewrittenGraph, graphs
 from .passes.errors import MhcError
 from .passes.sites import Reason
 from .persistence import load, save
+from .pretrained import from_pretrained
 from .transform import parameters, revert, transform
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "RewrittenGraph",
     "check",
     "explain",
+    "from_pretrained",
     "graphs",
     "load",
     "parameters",

@@ -7,6 +7,7 @@ hooks at the first call, which Dynamo cannot trace; and models can say what inpu
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,8 +36,14 @@ def undo(module: nn.Module) -> None:
 
 def overrides(original: type[nn.Module]) -> Mapping[str, Any]:
     """Methods that the swapped class of a framework's class must answer itself."""
-    own = {"get_compiled_call": _get_compiled_call}
-    return {name: method for name, method in own.items() if hasattr(original, name)}
+    own: dict[str, Any] = {}
+    if hasattr(original, "get_compiled_call"):
+        own["get_compiled_call"] = _get_compiled_call
+    if hasattr(original, "save_pretrained"):
+        from .pretrained import save_pretrained_of
+
+        own["save_pretrained"] = save_pretrained_of(original.save_pretrained)
+    return own
 
 
 def _get_compiled_call(self: Any, compile_config: Any) -> Callable[..., Any]:
@@ -87,6 +94,9 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
         inputs = {main: ids}
         if getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = ids
+    # A cache is made of real tensors, which a meta-device model cannot join; no site is in it.
+    if inputs is not None and "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
     return inputs
 
 

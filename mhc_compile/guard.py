@@ -26,6 +26,7 @@ from .passes.dataflow import DataFlow
 from .passes.errors import ChainBrokenError
 from .passes.operators import Kind, holds_tensor, kind_of
 from .passes.sites import Detection, Reason, Rejected, Site
+from .swap import is_swapped
 
 __all__ = [
     "Sites",
@@ -183,16 +184,14 @@ class Sites:
         nodes = {id(v): n for n, v in _placeholders(graph, inputs).items() if isinstance(v, Tensor)}
         found: dict[int, Declared] = {}
         for root in roots:
-            for path, module in root.named_modules():
-                for key, part in module._modules.items():
-                    if not isinstance(module, Connections) or not isinstance(part, Connection):
-                        continue
-                    owner = path.rpartition(".")[0]
+            for owner, module in root.named_modules():
+                for key, copies in _copies(module).items():
+                    used = next((c for c in copies if id(c.phi) in nodes), copies[0])
                     name = f"{owner}.{key}" if owner else key
-                    declared = Declared(name, owner, part, nodes.get(id(part.phi)))
+                    declared = Declared(name, owner, used, nodes.get(id(used.phi)))
                     if declared.can_tell:
-                        declared.weight = nodes.get(id(part.witness.weight))
-                    found.setdefault(id(part), declared)
+                        declared.weight = nodes.get(id(used.witness.weight))
+                    found.setdefault(id(copies[0]), declared)
         held = (p for root in roots for m in root.modules() for p in m._parameters.values())
         parameters = frozenset(nodes[id(p)].name for p in held if id(p) in nodes)
         return cls(roots, list(found.values()), parameters)
@@ -204,6 +203,24 @@ class Sites:
         """
         nodes = graph.find_nodes(op="placeholder")
         return _applied(graph, {n for n in nodes if n.name in self.parameters})
+
+
+def _copies(owner: nn.Module) -> dict[str, list[Connection]]:
+    """The connections that a module owns, by name: one each, or several of which one is used.
+
+    PEFT's `modules_to_save` keeps the container of the model and one more for each adapter.
+    """
+    found: dict[str, list[Connection]] = {}
+    held = owner._modules.get("mhc")
+    within = list(held.modules()) if held is not None else []
+    if any(is_swapped(m) for m in within):  # a module that calls a transformed model its `mhc`
+        return {}
+    for container in within:
+        if isinstance(container, Connections):
+            for key, part in container._modules.items():
+                if isinstance(part, Connection):
+                    found.setdefault(key, []).append(part)
+    return found
 
 
 def require_own_branches(sites: Sites, gm: fx.GraphModule, context: Context) -> None:

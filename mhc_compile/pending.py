@@ -7,7 +7,7 @@ early would silently miss the new ones.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 from torch import nn
@@ -15,11 +15,13 @@ from torch import nn
 from . import _torch
 from .config import Config
 from .passes.errors import ExampleInputsError
+from .swap import is_swapped
 
-__all__ = ["is_pending", "postpone", "refuse_pending", "withdraw"]
+__all__ = ["is_pending", "postpone", "refuse_pending", "then", "withdraw"]
 
 M = TypeVar("M", bound=nn.Module)
 CONFIG = "_mhc_pending_config"
+THEN = "_mhc_pending_then"
 
 
 def is_pending(module: nn.Module) -> bool:
@@ -41,9 +43,18 @@ def postpone(model: M, config: Config) -> M:
     return model
 
 
+def then(model: nn.Module, action: Callable[[nn.Module], Any]) -> None:
+    """Have a model that waits do something once it is transformed, before it is called.
+
+    Pickle and deepcopy take the action along. If it raises, the model goes on waiting.
+    """
+    model.__dict__[THEN] = action
+
+
 def withdraw(model: M) -> M:
     """Take a postponed transform back."""
     del model.__dict__[CONFIG]
+    model.__dict__.pop(THEN, None)
     model.__class__ = _original(model)
     return model
 
@@ -61,7 +72,7 @@ def _pending_class(original: Any) -> Any:
         "__reduce_ex__": _reduce,
         "forward": _first_forward(original),
         "named_modules": _named_modules,
-        **dict.fromkeys(("state_dict", "load_state_dict", "compile"), _refuse),
+        **dict.fromkeys(("state_dict", "_load_from_state_dict", "compile"), _refuse),
     }
     metaclass: Any = type(original)
     return metaclass(original.__name__, (original,), namespace)
@@ -70,14 +81,20 @@ def _pending_class(original: Any) -> Any:
 def _first_forward(original: type[nn.Module]) -> Any:
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        from .transform import transform
+        from .transform import revert, transform
 
-        config = self.__dict__[CONFIG]
+        config, action = self.__dict__[CONFIG], self.__dict__.get(THEN)
         withdraw(self)
         try:
             transform(self, example_inputs=(args, kwargs), config=config)
+            if action is not None:
+                action(self)
         except BaseException:
+            if is_swapped(self):
+                revert(self)
             postpone(self, config)
+            if action is not None:
+                then(self, action)
             raise
         return self.forward(*args, **kwargs)
 

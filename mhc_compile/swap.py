@@ -22,7 +22,7 @@ import contextvars
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +31,9 @@ import torch
 from torch import fx, nn
 
 from . import _torch, adapters
-from .connection import StreamParameters
+from .connection import refuse_other_state
 from .declare import Spec, declare
-from .passes.errors import CheckpointError, MhcError, NotCapturedError, UnsupportedError
+from .passes.errors import MhcError, NotCapturedError, UnsupportedError
 
 __all__ = ["calling_root", "find", "is_swapped", "original_class", "plainly", "restore", "swap"]
 
@@ -164,7 +164,7 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
         "_compiled_call_impl": _checked_call,
         "_replicate_for_data_parallel": _replicate,
         "compile": _compile,
-        "load_state_dict": _load_state_dict,
+        "_load_from_state_dict": _load_from_state_dict,
         "__prepare_scriptable__": _refuse_export,
         "__reduce_ex__": _reduce,
     }
@@ -424,19 +424,15 @@ def _why_not_captured(module: nn.Module, call: _Call) -> str:
     return f"{name} is part of a transformed model and ran outside every captured graph. {cause}"
 
 
-def _load_state_dict(
-    self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any
-) -> Any:
-    """``nn.Module.load_state_dict`` that loads nothing where mHC parameters do not fit."""
-    problems = [
-        problem
-        for path, module in self.named_modules()
-        if isinstance(module, StreamParameters)
-        and (problem := module.why_not(state_dict, f"{path}."))
-    ]
-    if problems:
-        raise CheckpointError(f"{type(self).__name__}: {'; '.join(problems)}")
-    return original_class(self).load_state_dict(self, state_dict, *args, **kwargs)
+def _load_from_state_dict(
+    self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any
+) -> None:
+    """Loads nothing where mHC parameters do not fit, whoever's ``load_state_dict`` was called.
+
+    A module comes before its children, and is handed what all of them will get.
+    """
+    refuse_other_state(self, state_dict, prefix)
+    original_class(self)._load_from_state_dict(self, state_dict, prefix, *rest)
 
 
 # --- copies -------------------------------------------------------------------------------------

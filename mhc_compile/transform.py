@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -58,8 +59,8 @@ def transform(
         example_inputs: what the model's forward takes: a tuple, a dict, or a pair of both, of
             real, meta or fake tensors. Only shapes are read, nothing is computed. Left out, they
             are taken from the model (``dummy_inputs``, a Hugging Face config); where that is not
-            possible the parameters are made at the first call, and until then ``parameters()``
-            and ``state_dict()`` raise.
+            possible the parameters are made at the first call, as a warning says, and until then
+            ``parameters()`` and ``state_dict()`` raise.
         config: everything else; see ``Config``.
 
     Returns:
@@ -82,13 +83,15 @@ def transform(
     given = None if example_inputs is None else as_call(example_inputs)
     call = given or infer_inputs(model)
     if call is None:
+        _say_postponed(model, "does not say what its forward takes")
         return postpone(model, config)
     try:
         gm, inputs, context, graphs = examine(model, *call, config)
-    except ExampleInputsError:
+    except ExampleInputsError as error:
         if given is not None:
             raise
-        return postpone(model, config)  # what was inferred does not fit
+        _say_postponed(model, f"does not take what it seems to ({error})")
+        return postpone(model, config)
     detection = context.detection
     assert detection is not None
     _refuse_own_connections(model, gm, detection)
@@ -156,6 +159,14 @@ def infer_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | N
             offered = None
         known = dict(offered) if isinstance(offered, Mapping) else None
     return None if known is None else ((), known)
+
+
+def _say_postponed(model: nn.Module, why: str) -> None:
+    warnings.warn(
+        f"{type(model).__name__} {why}: it is transformed at its first call, and until then "
+        "parameters() and state_dict() raise. Pass example_inputs to have the mHC parameters now.",
+        stacklevel=3,
+    )
 
 
 # --- finding -------------------------------------------------------------------------------------
@@ -395,8 +406,9 @@ def _make_parameters(
             value = site.node.meta["example_value"]
             dtype = torch.float64 if value.dtype is torch.float64 else torch.float32
             place: dict[str, Any] = {"dtype": dtype, "device": value.device}
+            role: dict[str, Any] = {"index": site.position, "last": site in last}
             parts: list[StreamParameters] = [
-                Connection(site.width, config, index=site.position, linear=site.linear, **place)
+                Connection(site.width, config, linear=site.linear, **role, **place)
             ]
             container[site.branch_name] = parts[0]
             if site in last and config.readout == "head":

@@ -71,9 +71,9 @@ def test_a_plain_model_is_transformed_and_then_compiled():
         assert torch._inductor.metrics.generated_kernel_count == 0
         assert len(checks.connections(model)) == 2
         assert model.state_dict().keys() - plain.state_dict().keys() == {
-            f"h.0.mhc.{branch}.{leaf}"
-            for branch in ("attn", "mlp")
-            for leaf in ("phi", "alpha", "bias")
+            "h.0.mhc._extra_state",
+            *(f"h.0.mhc.attn.{leaf}" for leaf in ("phi", "alpha", "bias")),
+            *(f"h.0.mhc.mlp.{leaf}" for leaf in ("phi", "alpha", "bias")),
         }
         checks.assert_transformed(
             plain, model, INPUTS, outputs=1e-5, gradients=2e-4, moves=1e-2, called=compiled
