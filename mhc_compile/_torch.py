@@ -34,17 +34,23 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.node import has_side_effect
+from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import BackwardHook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
     "BackendCompilerFailed",
+    "BackwardHook",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "InferenceAwareGraphPass",
     "WeakTensorKeyDictionary",
+    "backward_hooks",
+    "backward_hooks_of",
+    "backward_pre_hooks",
     "break_in_words",
     "break_reason",
     "call_graph_pass",
@@ -55,6 +61,7 @@ __all__ = [
     "first_paragraph",
     "graph_breaks",
     "graph_passes",
+    "hooks_on",
     "inductor_options",
     "inductor_setting",
     "innermost_module",
@@ -71,6 +78,7 @@ __all__ = [
     "partition_eagerly",
     "pytree",
     "register_effectful",
+    "set_backward_hook",
     "trace_artifact",
     "user_frame",
     "uuid_of",
@@ -146,6 +154,44 @@ def dynamo_settings() -> Iterator[None]:
     )
     with dynamo, torch._inductor.config.patch(freezing=False):
         yield
+
+
+def set_backward_hook(make: Callable[..., Any]) -> None:
+    """What ``nn.Module.__call__`` makes of full backward hooks (torch: ``BackwardHook``)."""
+    nn_module.BackwardHook = make  # type: ignore[misc,assignment]
+
+
+def hooks_on(module: torch.nn.Module) -> dict[str, list[Callable[..., Any]]]:
+    """The hooks of a module by their kind, in the words of those who register them."""
+    return {
+        "forward pre-hook": list(module._forward_pre_hooks.values()),
+        "forward hook": list(module._forward_hooks.values()),
+        "backward pre-hook": list(module._backward_pre_hooks.values()),
+        "backward hook": list(module._backward_hooks.values()),
+    }
+
+
+def backward_hooks(module: torch.nn.Module) -> dict[int, Callable[..., Any]]:
+    """The full backward hooks of a module, those for all modules first."""
+    everywhere = nn_module._global_backward_hooks if nn_module._global_is_full_backward_hook else {}
+    own = module._backward_hooks if module._is_full_backward_hook else {}
+    return {**everywhere, **own}
+
+
+def backward_pre_hooks(module: torch.nn.Module) -> dict[int, Callable[..., Any]]:
+    """The full backward pre-hooks of a module, those for all modules first."""
+    return {**nn_module._global_backward_pre_hooks, **module._backward_pre_hooks}
+
+
+def backward_hooks_of(module: torch.nn.Module) -> tuple[str, str]:
+    """The keys of the full backward hooks and pre-hooks of a module (traced by Dynamo)."""
+    hooks: list[int] = []
+    if nn_module._global_is_full_backward_hook is True:
+        hooks += list(nn_module._global_backward_hooks)
+    if module._is_full_backward_hook is True:
+        hooks += list(module._backward_hooks)
+    pre_hooks = [*nn_module._global_backward_pre_hooks, *module._backward_pre_hooks]
+    return " ".join([str(key) for key in hooks]), " ".join([str(key) for key in pre_hooks])
 
 
 def first_paragraph(error: BaseException) -> str:

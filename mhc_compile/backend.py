@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from . import _torch, guard, history, swap
+from .backward import number_calls
 from .capture import copy_graph
 from .config import Config
 from .declare import Spec, collect, declaration_nodes
@@ -102,6 +103,7 @@ def _compile(
     captured, work = copy_graph(gm), copy_graph(gm)
     declared = _declared_config(work)
     module = swap.calling_root() or _torch.calling_module()
+    number_calls(work.graph, module)
     owners = _transformed_modules(gm, module)
     sites = guard.Sites.of(owners, work.graph, example_inputs)
     if declared is None:

@@ -30,6 +30,7 @@ import torch
 from torch import fx, nn
 
 from . import _torch, adapters
+from .backward import traced_backward_hooks
 from .connection import StreamParameters
 from .declare import Spec, declare
 from .passes.errors import CheckpointError, MhcError, NotCapturedError, UnsupportedError
@@ -227,7 +228,7 @@ def _call_as_root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     adapters.before_call(module, kwargs)
     token = _root.set(module)
     try:
-        with _torch.dynamo_settings(), _own_errors():
+        with _torch.dynamo_settings(), traced_backward_hooks(), _own_errors():
             return _compiled_call(module)(*args, **kwargs)
     except MhcError:
         # Dynamo gives up for good on code in which it met a graph break: start again.
@@ -333,7 +334,7 @@ def _compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
             _refuse_functorch(self)
         adapters.before_call(self, call_kwargs)
         try:
-            with _torch.dynamo_settings(), _own_errors():
+            with _torch.dynamo_settings(), traced_backward_hooks(), _own_errors():
                 return compiled(*call_args, **call_kwargs)
         except MhcError:
             self.compile(*args, **kwargs)  # as in _call_as_root

@@ -38,7 +38,16 @@ from .canonicalize import INLINED
 from .context import Context, Declaration, PassResult
 from .dataflow import DataFlow, is_mutation
 from .errors import ChainBrokenError, UnsupportedError
-from .operators import Kind, is_float_tensor, kind_of, op_name, same_shape, shape_of, value_of
+from .operators import (
+    Kind,
+    hooked_tensor,
+    is_float_tensor,
+    kind_of,
+    op_name,
+    same_shape,
+    shape_of,
+    value_of,
+)
 from .sites import (
     Detection,
     Reason,
@@ -120,6 +129,7 @@ class _Detector:
         candidates = streamwise_operands(node)
         if not candidates:
             return
+        hooked = hooked_tensor(node) is not None  # it is read by way of its hooks
         free = [
             u
             for u in candidates
@@ -127,7 +137,7 @@ class _Detector:
             and not any(
                 self.flow.depends(o, self.base[u]) and not self._is_global(o, self.base[u])
                 for o in self.flow.inputs(node)
-                if o is not u
+                if o is not u and not hooked
             )
         ]
         activations = [u for u in free if not self._is_weight(self.base[u])]
