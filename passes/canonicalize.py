@@ -6,6 +6,7 @@
     torch.addcmul(x, a, b); torch.addmm(x, a, b)   x + a * b;    x + a @ b
     h * rsqrt(mean(h ** 2, -1) + eps)              rms_norm(h, (C,), None, eps)
     relu(x, inplace=True)                          relu(x), later readers of x read the result
+    x[0] = v;  ... x ... x                         x[0] = v;  y = x.clone();  ... y ... y
 
 Writes that another view of the same memory could see, and writes into inputs, are left alone.
 """
@@ -45,6 +46,7 @@ def canonicalize(gm: fx.GraphModule, context: Context) -> PassResult:
     steps = {
         "bodies inlined": _inline_bodies(gm),
         "writes made functional": _remove_in_place(gm.graph),
+        "written states named": _name_written(gm.graph),
         "adds respelled": _unify_adds(gm.graph, context),
     }
     effects = unread(gm.graph)
@@ -149,6 +151,34 @@ def _remove_in_place(graph: fx.Graph) -> int:
         memory.add(new)
         graph.erase_node(node)
         count += 1
+    return count
+
+
+def _name_written(graph: fx.Graph) -> int:
+    """Give what a tensor holds behind a write a node of its own, where several read it.
+
+    One node is one state to all later passes: streams that begin at x would begin before the write.
+    """
+    index = {node: i for i, node in enumerate(graph.nodes)}
+    root: dict[fx.Node, fx.Node] = {}
+    writes: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        source = memory_shown_by(node)
+        root[node] = node if source is None else root[source]
+        if is_mutation(node) and is_float_tensor(root[node]):
+            writes.setdefault(root[node], []).append(node)
+    count = 0
+    for shown in [n for n in root if root[n] in writes and is_float_tensor(n)]:
+        found = [w for w in writes[root[shown]] if index[w] > index[shown]]
+        for write, end in zip(found, [*found[1:], None], strict=False):
+            last = index[end] if end is not None else len(index)
+            readers = [u for u in shown.users if index[write] < index.get(u, -1) < last]
+            if len(readers) > 1:
+                with graph.inserting_after(write):
+                    new = _call(graph, shown, "clone", (shown,), {})
+                for user in readers:
+                    user.replace_input_with(shown, new)
+                count += 1
     return count
 
 
