@@ -48,6 +48,7 @@ __all__ = [
     "FakeTensorMode",
     "InferenceAwareGraphPass",
     "WeakTensorKeyDictionary",
+    "at_end_of_backward",
     "backward_hooks",
     "backward_hooks_of",
     "backward_pre_hooks",
@@ -159,6 +160,11 @@ def dynamo_settings() -> Iterator[None]:
 def set_backward_hook(make: Callable[..., Any]) -> None:
     """What ``nn.Module.__call__`` makes of full backward hooks (torch: ``BackwardHook``)."""
     nn_module.BackwardHook = make  # type: ignore[misc,assignment]
+
+
+def at_end_of_backward(function: Callable[[], Any]) -> None:
+    """Call a function when the backward that is running has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def hooks_on(module: torch.nn.Module) -> dict[str, list[Callable[..., Any]]]:

@@ -35,6 +35,7 @@ from torch.library import custom_op
 
 from . import _torch
 from .passes.errors import UnsupportedError
+from .passes.sites import location_of
 
 __all__ = ["number_calls", "traced_backward_hooks"]
 
@@ -228,6 +229,7 @@ def hook_outputs(
     number = next(_numbers)
     if not hooks:
         _waiting[number] = seen.values
+        _torch.at_end_of_backward(lambda: _waiting.pop(number, None))
     return [*seen.result(), torch.tensor(float(number), dtype=torch.float64)]
 
 
@@ -306,9 +308,7 @@ class _Gradients:
 def _hooks_of(
     identity: int, keys: str, of: Callable[[nn.Module], dict[int, Any]]
 ) -> tuple[Any, list[Callable[..., Any]]]:
-    module = _modules.get(identity)
-    if not keys or module is None:
-        return module, []
+    module = _modules[identity]
     standing, wanted = of(module), [int(key) for key in keys.split()]
     if any(key not in standing for key in wanted):
         raise UnsupportedError(
@@ -329,12 +329,25 @@ def _returns_stream(module: nn.Module, hook: Callable[..., Any]) -> str:
     )
 
 
-def number_calls(graph: fx.Graph, root: nn.Module | None) -> None:
-    """Tell the calls of hooked modules in a captured graph apart, and remember their modules."""
-    known = (torch.ops.mhc.hook_enter.default, torch.ops.mhc.hook_leave.default)
-    known += (torch.ops.mhc.hook_enter, torch.ops.mhc.hook_leave)  # type: ignore[assignment]
-    calls = [n for n in graph.nodes if n.op == "call_function" and n.target in known]
+def number_calls(gm: fx.GraphModule, root: nn.Module | None) -> None:
+    """Tell the calls of hooked modules in a captured graph apart, and remember their modules.
+
+    Raises:
+        UnsupportedError: a hooked module is not held by ``root``, so its hooks cannot be called.
+    """
+    packets = (torch.ops.mhc.hook_enter, torch.ops.mhc.hook_leave)
+    known = {*packets, *(p.default for p in packets)}
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    calls = [n for g in graphs for n in g.nodes if n.op == "call_function" and n.target in known]
     for number, node in enumerate(calls):
         node.args = (*node.args[:-1], number)
     if calls and root is not None:
         _modules.update({id(m): m for m in root.modules()})
+    for node in calls:
+        identity = node.args[1 if node.target in (packets[0], packets[0].default) else 2]
+        if identity not in _modules:
+            raise UnsupportedError(
+                f"a module with backward hooks, called at {location_of(node)}, is not registered "
+                "with the model that is called. Assign it as an attribute of a module of the model "
+                "(or keep it in a ModuleList or ModuleDict)."
+            )

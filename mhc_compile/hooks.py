@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from . import _torch
+from .passes.errors import ChainBrokenError, GraphBreakError, NoSitesError, NotCapturedError
 
-__all__ = ["described", "standing_on"]
+__all__ = ["described", "errors_name_hooks", "standing_on"]
 
 SHOWN = 4
 _OURS = f"{__name__.partition('.')[0]}."
@@ -46,16 +48,26 @@ def standing_on(roots: Sequence[nn.Module], concerned: str = "") -> str:
     found = [(p, text) for root in roots for p, m in root.named_modules() for text in _on(m)]
     if not found:
         return ""
-    near = [f for f in found if _is_near(f[0], concerned)]
-    chosen = (near or found)[:SHOWN]
+    found.sort(key=lambda f: not _is_near(f[0], concerned))
+    chosen = found[:SHOWN]
     texts = [f"{text} on '{path or '<root>'}'" for path, text in chosen]
-    more = len(near or found) - len(chosen)
-    rest = f", and {more} more" if more else ""
+    rest = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return (
         f"What users put there also runs in this graph: {', '.join(texts)}{rest}. A hook may read, "
         "scale or mask what passes a residual stream; one that puts other values in the place of "
         "tokens leaves no stream to carry."
     )
+
+
+@contextmanager
+def errors_name_hooks(roots: Callable[[], Sequence[nn.Module]]) -> Iterator[None]:
+    """Errors of a graph that is not as expected say what users put on the modules of ``roots``."""
+    try:
+        yield
+    except (ChainBrokenError, GraphBreakError, NoSitesError, NotCapturedError) as error:
+        if not (named := standing_on(roots(), str(error))):
+            raise
+        raise type(error)(f"{error} {named}") from error.__cause__
 
 
 def _is_near(path: str, text: str) -> bool:

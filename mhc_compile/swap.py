@@ -33,6 +33,7 @@ from . import _torch, adapters
 from .backward import traced_backward_hooks
 from .connection import StreamParameters
 from .declare import Spec, declare
+from .hooks import errors_name_hooks
 from .passes.errors import CheckpointError, MhcError, NotCapturedError, UnsupportedError
 
 __all__ = ["calling_root", "find", "is_swapped", "original_class", "restore", "swap"]
@@ -224,7 +225,8 @@ def _call_as_root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         _refuse_functorch(module)
     outer = _root.get()
     if outer is not None:
-        raise NotCapturedError(_why_not_captured(module, outer))
+        with errors_name_hooks(lambda: [outer]):
+            raise NotCapturedError(_why_not_captured(module, outer))
     adapters.before_call(module, kwargs)
     token = _root.set(module)
     try:
