@@ -173,8 +173,14 @@ def hooks_on(module: torch.nn.Module) -> dict[str, list[Callable[..., Any]]]:
         "forward pre-hook": list(module._forward_pre_hooks.values()),
         "forward hook": list(module._forward_hooks.values()),
         "backward pre-hook": list(module._backward_pre_hooks.values()),
-        "backward hook": list(module._backward_hooks.values()),
+        _backward_kind(module): list(module._backward_hooks.values()),
     }
+
+
+def _backward_kind(module: torch.nn.Module) -> str:
+    # None until one is registered, of either kind.
+    old = module._is_full_backward_hook is False
+    return "old backward hook (register_full_backward_hook is captured)" if old else "backward hook"
 
 
 def backward_hooks(module: torch.nn.Module) -> dict[int, Callable[..., Any]]:

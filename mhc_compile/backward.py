@@ -238,24 +238,51 @@ def _(gradients, module, hooks, pre_hooks, which, count, inputs, axes, call):  #
     return [*(torch.empty_like(g) for g in gradients), torch.zeros((), dtype=torch.float64)]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    # Numbers only: the backward reads no tensor of the forward.
-    ctx.linked = len(inputs[1]) if isinstance(inputs[1], (list, tuple)) else 0
-    ctx.constants = inputs[2:] if isinstance(inputs[1], (list, tuple)) else inputs[1:]
+def _keep_enter(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    # The backward reads no tensor of the forward, and where there is no gradient none is made.
+    ctx.set_materialize_grads(False)
+    ctx.constants = inputs[1:]
 
 
-def _enter_backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
+def _keep_leave(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.linked, ctx.constants = len(inputs[1]), inputs[2:]
+
+
+def _enter_backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     *own, link = gradients
-    return (hook_inputs(own, link, *ctx.constants), *[None] * len(ctx.constants))
+    module, hooks, which, count, axes, call = ctx.constants
+    if link is not None and any(g is not None for g in own):
+        given, which, axes = _present(own, which, axes)
+        own = _spread(own, hook_inputs(given, link, module, hooks, which, count, axes, call))
+    return (own, *[None] * len(ctx.constants))
 
 
-def _leave_backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
-    *own, number = hook_outputs(list(gradients), *ctx.constants)
-    return (own, [number] * ctx.linked, *[None] * len(ctx.constants))
+def _leave_backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
+    module, hooks, pre_hooks, which, count, inputs, axes, call = ctx.constants
+    given, which, axes = _present(gradients, which, axes)
+    *new, number = hook_outputs(
+        given, module, hooks, pre_hooks, which, count, inputs, axes, call
+    )
+    return (_spread(gradients, new), [number] * ctx.linked, *[None] * len(ctx.constants))
 
 
-hook_enter.register_autograd(_enter_backward, setup_context=_keep)
-hook_leave.register_autograd(_leave_backward, setup_context=_keep)
+def _present(
+    gradients: Sequence[Tensor | None], which: Sequence[int], axes: Sequence[int]
+) -> tuple[list[Tensor], list[int], list[int]]:
+    """The gradients that there are, and what belongs to them."""
+    there = [i for i, g in enumerate(gradients) if g is not None]
+    given: Any = [gradients[i] for i in there]
+    return given, [which[i] for i in there], [axes[i] for i in there]
+
+
+def _spread(gradients: Sequence[Tensor | None], new: Sequence[Tensor]) -> list[Tensor | None]:
+    remaining = iter(new)
+    return [None if g is None else next(remaining) for g in gradients]
+
+
+hook_enter.register_autograd(_enter_backward, setup_context=_keep_enter)
+hook_leave.register_autograd(_leave_backward, setup_context=_keep_leave)
 
 
 # --- in the backward ----------------------------------------------------------------------------

@@ -55,7 +55,8 @@ def standing_on(roots: Sequence[nn.Module], concerned: str = "") -> str:
     return (
         f"What users put there also runs in this graph: {', '.join(texts)}{rest}. A hook may read, "
         "scale or mask what passes a residual stream; one that puts other values in the place of "
-        "tokens leaves no stream to carry."
+        "tokens leaves no stream to carry: register it on the modules of the branches, or before "
+        "mhc_compile.transform, and the streams end and begin there."
     )
 
 
