@@ -35,17 +35,24 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.node import has_side_effect
+from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import BackwardHook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
     "BackendCompilerFailed",
+    "BackwardHook",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "InferenceAwareGraphPass",
     "WeakTensorKeyDictionary",
+    "at_end_of_backward",
+    "backward_hooks",
+    "backward_hooks_of",
+    "backward_pre_hooks",
     "break_around",
     "break_in_words",
     "break_reason",
@@ -58,6 +65,7 @@ __all__ = [
     "first_paragraph",
     "graph_breaks",
     "graph_passes",
+    "hooks_on",
     "inductor_options",
     "inductor_setting",
     "innermost_module",
@@ -75,6 +83,7 @@ __all__ = [
     "pytree",
     "register_effectful",
     "require_constant_floats",
+    "set_backward_hook",
     "trace_artifact",
     "unwrapped",
     "user_frame",
@@ -151,6 +160,55 @@ def dynamo_settings() -> Iterator[None]:
     )
     with dynamo, torch._inductor.config.patch(freezing=False):
         yield
+
+
+def set_backward_hook(make: Callable[..., Any]) -> None:
+    """What ``nn.Module.__call__`` makes of full backward hooks (torch: ``BackwardHook``)."""
+    nn_module.BackwardHook = make  # type: ignore[misc,assignment]
+
+
+def at_end_of_backward(function: Callable[[], Any]) -> None:
+    """Call a function when the backward that is running has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def hooks_on(module: torch.nn.Module) -> dict[str, list[Callable[..., Any]]]:
+    """The hooks of a module by their kind, in the words of those who register them."""
+    return {
+        "forward pre-hook": list(module._forward_pre_hooks.values()),
+        "forward hook": list(module._forward_hooks.values()),
+        "backward pre-hook": list(module._backward_pre_hooks.values()),
+        _backward_kind(module): list(module._backward_hooks.values()),
+    }
+
+
+def _backward_kind(module: torch.nn.Module) -> str:
+    # None until one is registered, of either kind.
+    old = module._is_full_backward_hook is False
+    return "old backward hook (register_full_backward_hook is captured)" if old else "backward hook"
+
+
+def backward_hooks(module: torch.nn.Module) -> dict[int, Callable[..., Any]]:
+    """The full backward hooks of a module, those for all modules first."""
+    everywhere = nn_module._global_backward_hooks if nn_module._global_is_full_backward_hook else {}
+    own = module._backward_hooks if module._is_full_backward_hook else {}
+    return {**everywhere, **own}
+
+
+def backward_pre_hooks(module: torch.nn.Module) -> dict[int, Callable[..., Any]]:
+    """The full backward pre-hooks of a module, those for all modules first."""
+    return {**nn_module._global_backward_pre_hooks, **module._backward_pre_hooks}
+
+
+def backward_hooks_of(module: torch.nn.Module) -> tuple[str, str]:
+    """The keys of the full backward hooks and pre-hooks of a module (traced by Dynamo)."""
+    hooks: list[int] = []
+    if nn_module._global_is_full_backward_hook is True:
+        hooks += list(nn_module._global_backward_hooks)
+    if module._is_full_backward_hook is True:
+        hooks += list(module._backward_hooks)
+    pre_hooks = [*nn_module._global_backward_pre_hooks, *module._backward_pre_hooks]
+    return " ".join([str(key) for key in hooks]), " ".join([str(key) for key in pre_hooks])
 
 
 def first_paragraph(error: BaseException) -> str:

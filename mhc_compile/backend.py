@@ -16,9 +16,11 @@ import torch
 from torch import fx, nn
 
 from . import _torch, guard, history, swap
+from .backward import number_calls
 from .capture import copy_graph
 from .config import Config
 from .declare import Spec, collect, declaration_nodes
+from .hooks import errors_name_hooks
 from .own import rewrite
 from .partitioned import PartitionedPasses
 from .passes.canonicalize import canonicalize
@@ -93,6 +95,22 @@ def _compile(
     lower: Lowering,
 ) -> Runner:
     """All passes on one graph; ``own`` are options of this library, None for a plain call."""
+    module = swap.calling_root() or _torch.calling_module()
+
+    def roots() -> list[nn.Module]:
+        return [module] if module is not None else _transformed_modules(gm, None)
+
+    with errors_name_hooks(roots):
+        return _compile_graph(gm, example_inputs, own, lower, module)
+
+
+def _compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    own: Mapping[str, Any] | None,
+    lower: Lowering,
+    module: nn.Module | None,
+) -> Runner:
     if _torch.is_cut_for_ddp(gm):
         raise UnsupportedError(
             "torch.compile of a DistributedDataParallel model is cut at its gradient buckets, in "
@@ -103,7 +121,7 @@ def _compile(
     _torch.require_constant_floats(gm)
     captured, work = copy_graph(gm), copy_graph(gm)
     declared = _declared_config(work)
-    module = swap.calling_root() or _torch.calling_module()
+    number_calls(work, module)
     owners = _transformed_modules(gm, module)
     sites = guard.Sites.of(owners, work.graph, example_inputs)
     if declared is None:

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from . import _torch, adapters
 from ._torch import pytree
+from .backward import traced_backward_hooks
 from .passes.errors import CaptureError, ExampleInputsError, GraphBreakError, MhcError
 
 __all__ = ["CapturedGraph", "as_call", "capture", "merge"]
@@ -106,7 +107,7 @@ def capture(
 
     mode = _fake_mode(args, kwargs)
     breaks, drawn = _torch.graph_breaks(), pickle.dumps(_random_state())
-    with _unchanged(model), _torch.dynamo_settings(), torch.enable_grad(), mode:
+    with _unchanged(model), _tracing(), torch.enable_grad(), mode:
         args, kwargs = pytree.tree_map_only(Tensor, _fake(mode, model), (args, dict(kwargs)))
         call = _torch.compile_dynamo(model, record, dynamic=False)
         try:
@@ -131,10 +132,16 @@ def capture(
     return graphs
 
 
+@contextmanager
+def _tracing() -> Iterator[None]:
+    with _torch.dynamo_settings(), traced_backward_hooks():
+        yield
+
+
 def first_break(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Where and why Dynamo cannot trace a call as one graph, in words ("" if it can)."""
     mode = _fake_mode(args, kwargs)
-    with _unchanged(model), _torch.dynamo_settings(), torch.enable_grad(), mode:
+    with _unchanged(model), _tracing(), torch.enable_grad(), mode:
         args, kwargs = pytree.tree_map_only(Tensor, _fake(mode, model), (args, dict(kwargs)))
         whole = torch.compile(model, backend=lambda gm, _: gm.forward, fullgraph=True)
         try:

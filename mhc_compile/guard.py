@@ -242,7 +242,7 @@ def require_own_branches(sites: Sites, gm: fx.GraphModule, context: Context) -> 
         if declared is None or declared.weight is None:
             continue
         own = nodes[declared.weight.name]
-        if own not in _weights_within(flow, site, applied):
+        if not site.ablated and own not in _weights_within(flow, site, applied):
             raise ChainBrokenError(
                 f"The residual add at {site.location} in module '{site.owner or '<root>'}' was "
                 f"about to be given the parameters of '{declared.name}', whose branch it does not "

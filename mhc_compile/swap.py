@@ -22,7 +22,7 @@ import contextvars
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +31,10 @@ import torch
 from torch import fx, nn
 
 from . import _torch, adapters
+from .backward import traced_backward_hooks
 from .connection import refuse_other_state
 from .declare import Spec, declare
+from .hooks import errors_name_hooks
 from .passes.errors import MhcError, NotCapturedError, UnsupportedError
 
 __all__ = ["calling_root", "find", "is_swapped", "original_class", "plainly", "restore", "swap"]
@@ -266,11 +268,12 @@ def _call_as_root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         _refuse_functorch(module)
     outer = _call.get()
     if outer is not None:
-        raise NotCapturedError(_why_not_captured(module, outer))
+        with errors_name_hooks(lambda: [outer.root]):
+            raise NotCapturedError(_why_not_captured(module, outer))
     adapters.before_call(module, kwargs)
     token = _call.set(_Call(module, _torch.exceptions_met()))
     try:
-        with _torch.dynamo_settings(), _own_errors():
+        with _torch.dynamo_settings(), traced_backward_hooks(), _own_errors():
             return _compiled_call(module)(*args, **kwargs)
     except MhcError:
         # Dynamo gives up for good on code in which it met a graph break: start again.
@@ -376,7 +379,7 @@ def _compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
             _refuse_functorch(self)
         adapters.before_call(self, call_kwargs)
         try:
-            with _torch.dynamo_settings(), _own_errors():
+            with _torch.dynamo_settings(), traced_backward_hooks(), _own_errors():
                 return compiled(*call_args, **call_kwargs)
         except MhcError:
             self.compile(*args, **kwargs)  # as in _call_as_root

@@ -39,7 +39,16 @@ from .context import Context, Declaration, PassResult
 from .dataflow import DataFlow, is_mutation, written
 from .errors import ChainBrokenError, UnsupportedError
 from .modes import Modes
-from .operators import Kind, is_float_tensor, kind_of, op_name, same_shape, shape_of, value_of
+from .operators import (
+    Kind,
+    hooked_tensor,
+    is_float_tensor,
+    kind_of,
+    op_name,
+    same_shape,
+    shape_of,
+    value_of,
+)
 from .sites import (
     Detection,
     Reason,
@@ -62,8 +71,18 @@ def detect(gm: fx.GraphModule, context: Context) -> PassResult:
     """
     _require_inlined(gm.graph)
     detector = _Detector(gm.graph, context)
-    context.detection = detector.run()
-    found = context.detection
+    try:
+        found = detector.run()
+    except ChainBrokenError:
+        if not detector.missing:
+            raise
+        try:
+            found = _Detector(gm.graph, context, ablated=detector.missing).run()
+        except ChainBrokenError:
+            found = None
+        if found is None:
+            raise
+    context.detection = found
     notes = [
         f"{len(found.sites)} sites in {len(found.chains)} chains, {len(found.rejected)} rejected"
     ]
@@ -82,8 +101,18 @@ def _require_inlined(graph: fx.Graph) -> None:
 
 
 class _Detector:
-    def __init__(self, graph: fx.Graph, context: Context) -> None:
-        self.context = context
+    """One look at a graph.
+
+    Args:
+        ablated: identity of the owner and name of declared sites that were not found without it:
+            the constant that a hook put in the place of such a branch's result is one, too.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, context: Context, ablated: frozenset[tuple[str, str]] = frozenset()
+    ) -> None:
+        self.context, self.ablated = context, ablated
+        self.missing: frozenset[tuple[str, str]] = frozenset()
         self.flow = DataFlow(graph)
         self.modes = Modes(graph, context.grad_enabled)
         self.written = written(graph)
@@ -124,6 +153,7 @@ class _Detector:
         candidates = streamwise_operands(node)
         if not candidates:
             return
+        hooked = hooked_tensor(node) is not None  # it is read by way of its hooks
         free = [
             u
             for u in candidates
@@ -131,7 +161,7 @@ class _Detector:
             and not any(
                 self.flow.depends(o, self.base[u]) and not self._is_global(o, self.base[u])
                 for o in self.flow.inputs(node)
-                if o is not u
+                if o is not u and not hooked
             )
         ]
         activations = [u for u in free if not self._is_weight(self.base[u])]
@@ -172,6 +202,8 @@ class _Detector:
         terms, adds = self._gather_terms(node)
         self.terms[node] = terms
         choice = self._find_skip(terms)
+        ablated = isinstance(choice, Reason) and self._find_ablated(node, terms)
+        choice = ablated or choice
         if isinstance(choice, Reason):
             self._reject(node, choice)
             return
@@ -184,7 +216,7 @@ class _Detector:
         branch = [t for t in terms if t is not skip]
         self._go_along([*path, x])
         self.base[node] = node
-        self.sites[node] = Site(node, x, skip, path, branch, adds)
+        self.sites[node] = Site(node, x, skip, path, branch, adds, ablated=bool(ablated))
         for inner in adds[:-1]:
             self.sites.pop(inner, None)
             self._reject(inner, Reason.PART_OF_SITE)
@@ -245,6 +277,20 @@ class _Detector:
             return reason if reason is not Reason.INDEPENDENT else self._why_not(terms)
         _, skip, x, path = min(found, key=lambda f: f[0])
         return skip, x, path
+
+    def _find_ablated(
+        self, node: fx.Node, terms: list[fx.Node]
+    ) -> tuple[fx.Node, fx.Node, list[fx.Node]] | None:
+        """The skip of a declared add whose branch a hook replaced by a constant, if it is one."""
+        key, _ = self._owner_of(node)
+        if not self.ablated or len(terms) != 2 or self._child_within(node, key):
+            return None
+        for skip, branch in (terms, terms[::-1]):
+            made = self.base.get(branch, branch)
+            name = self._child_within(made, key)
+            if _is_constant(made) and (identity_of(key), name) in self.ablated:
+                return skip, skip, []
+        return None
 
     def _ways(self, skip: fx.Node) -> Iterator[list[fx.Node]]:
         """The stream-wise ways back from a term, that along ``up`` first."""
@@ -418,6 +464,8 @@ class _Detector:
             child = self._child_within(node, key)
             if child:
                 return child
+        for node in filter(_is_constant, ordered) if self.ablated and not mixing else ():
+            return self._child_within(node, key) or "branch"
         for node in mixing:
             for source in node.all_input_nodes:
                 if self._is_weight(source):
@@ -550,6 +598,7 @@ class _Detector:
             for entry in declared
             if (owner, entry.name) not in found
         ]
+        self.missing = frozenset((owner, entry.name) for owner, entry in missing)
         run = self._branches_run() if missing else set()
         for owner, entry in missing:
             if self.context.broken_at or (owner, entry.name) in run:
@@ -679,13 +728,17 @@ def _operands(add: fx.Node) -> tuple[fx.Node, fx.Node]:
     return a, b
 
 
+_CREATED = frozenset(
+    "zeros ones full empty zeros_like ones_like full_like new_zeros new_ones new_full".split()
+)
+
+
 def _is_constant(node: fx.Node) -> bool:
     """Whether a node creates a tensor out of nothing but sizes."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = op_name(node)
-    created = name in ("zeros", "ones", "full", "empty", "zeros_like", "new_zeros", "new_ones")
-    return created or name == "new_full"
+    return name in _CREATED
 
 
 def _last_name(placeholder: fx.Node) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "Kind",
     "dtype_of",
     "holds_tensor",
+    "hooked_tensor",
     "is_float_tensor",
     "kind_of",
     "memory_order",
@@ -63,6 +64,7 @@ _KINDS: dict[Kind, frozenset[str]] = {
         rrelu rsqrt rsub selu sgn sigmoid sign silu sin sinc sinh softplus softshrink softsign
         sqrt square sub subtract swish tan tanh tanhshrink threshold true_divide truediv trunc
         where xlogy and_ or_ xor floordiv scalar_tensor_mul lift_fresh_copy alias
+        hook_enter hook_leave
         """
     ),
     Kind.CAST: _names(
@@ -147,6 +149,17 @@ def kind_of(node: fx.Node) -> Kind:
     if kind is None and name.startswith("i") and name[1:] in ("add", "mul", "sub", "truediv"):
         kind = Kind.POINTWISE
     return Kind.MIXING if kind is None else kind
+
+
+def hooked_tensor(node: fx.Node) -> fx.Node | None:
+    """The tensor that a node is on its way past backward hooks: ``hook_enter([x, y], ...)[0]``."""
+    if op_name(node) != "getitem" or not isinstance(node.args[0], fx.Node):
+        return None
+    call, index = node.args
+    if op_name(call) not in ("hook_enter", "hook_leave"):  # type: ignore[arg-type]
+        return None
+    tensors: Any = call.args[0]  # type: ignore[union-attr]
+    return tensors[index] if index < len(tensors) else None  # type: ignore[operator]
 
 
 def value_of(node: fx.Node) -> object:

@@ -64,6 +64,7 @@ class Site:
         chain, position: number of the chain and the site's place in it.
         linear: whether only linear stream-wise operations stand on the chain.
         excluded: whether the configuration leaves this add a plain residual.
+        ablated: whether a constant stands where F's result was: a hook on the branch put it there.
     """
 
     node: fx.Node
@@ -84,6 +85,7 @@ class Site:
     position: int = 0
     linear: bool = True
     excluded: bool = False
+    ablated: bool = False
     reason: str = ""
     location: str = ""
     parameters: list[fx.Node] = field(default_factory=list)

@@ -16,6 +16,7 @@ from torch import fx
 
 from .operators import (
     Kind,
+    hooked_tensor,
     is_float_tensor,
     kind_of,
     memory_order,
@@ -58,6 +59,8 @@ def streamwise_operands(node: fx.Node) -> list[fx.Node]:
     """The operands whose streams a node could act on one by one, by its operation alone."""
     kind, name = kind_of(node), op_name(node)
     first = node.args[0] if node.args else None
+    if (carried := hooked_tensor(node)) is not None:
+        return [carried] if is_float_tensor(carried) else []
     if kind is Kind.POINTWISE:
         floats: list[Any] = [a for a in node.args if is_float_tensor(a)]
         return [a for a in dict.fromkeys(floats) if same_shape(a, node)]

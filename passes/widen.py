@@ -28,7 +28,7 @@ from .detect import is_reduction_of
 from .fake import INHERITED, set_example_value
 from .in_place import join_versions
 from .modes import Modes
-from .operators import Kind, holds_tensor, kind_of, value_of
+from .operators import Kind, holds_tensor, hooked_tensor, kind_of, value_of
 from .sites import Detection, Site
 from .streamwise import apply_streamwise, lay_as, transfer_axis
 
@@ -212,6 +212,9 @@ class _Widener:
         site, axis = self.origin[operand]
         new_axis = transfer_axis(node, operand, axis)
         assert new_axis is not None
+        if hooked_tensor(node) is operand:
+            self._pass_hooks(node, operand)
+            return
         self._widen_reductions(node, operand)
         with self._writing(before=node, like=node):
             streams = self._proxy(self.streams[operand])
@@ -222,6 +225,22 @@ class _Widener:
             if self.options.stream_dtype is not None:
                 result = result.to(self.options.stream_dtype)
         self._set_streams(node, result, site, new_axis)
+
+    def _pass_hooks(self, node: fx.Node, operand: fx.Node) -> None:
+        """All streams past the backward hooks that one passed: ``hook_enter([X, y], ...)[0]``."""
+        site, axis = self.origin[operand]
+        call, index = node.args
+        assert isinstance(call, fx.Node) and isinstance(index, int)
+        streams, kept = self.streams[operand], self.options.stream_dtype
+        tensors, axes, values = (list(v) for v in (call.args[0], call.args[-2], value_of(call)))  # type: ignore[call-overload,arg-type]
+        tensors[index], axes[index], values[index] = streams, axis, value_of(streams)
+        call.args = (tensors, *call.args[1:-2], axes, call.args[-1])
+        call.meta["example_value"] = values
+        with self._writing(before=node, like=node):
+            result = self._proxy(call)[index]
+            if kept is not None:
+                result = result.to(kept)
+        self._set_streams(node, result, site, axis)
 
     def _widen_reductions(self, node: fx.Node, operand: fx.Node) -> None:
         """Scalars such as ``isinf(x).any()`` are computed once, over all streams."""
