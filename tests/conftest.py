@@ -1,6 +1,7 @@
 """Shared by all tests: offline, few threads, a fixed seed."""
 
 import os
+from pathlib import Path
 
 # Before transformers is imported anywhere: no test may look for a model on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,28 @@ import torch
 
 # pytest-xdist runs several processes: one thread each unless told otherwise.
 torch.set_num_threads(int(os.environ.get("MHC_TEST_THREADS", "1")))
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE = (
+    *("test_torch.py", "test_versions.py", "test_config.py", "test_backend.py", "test_errors.py"),
+    *("test_report.py", "test_partitioned.py", "test_persistence.py", "test_graph_modules.py"),
+    *(
+        "test_recognize.py",
+        "test_huggingface.py",
+        "test_modes.py",
+        "passes",
+        "kernels/test_eager.py",
+    ),
+    *("kernels/test_ops.py",),
+)
+"""The files of `pytest -m core`, which `make newest` and `make versions` run: what depends on the
+versions of torch and transformers, in five minutes on two cores."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(item.path.is_relative_to(ROOT / "tests" / name) for name in CORE):
+            item.add_marker(pytest.mark.core)
 
 
 @pytest.fixture(autouse=True)
