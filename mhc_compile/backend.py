@@ -107,7 +107,7 @@ def _compile(
     if declared is None:
         if own is not None and (found := rewrite(work, module, own)) is not None:
             context, entries = found
-            _require_nothing_lost(sites, gm, work, owners)
+            _require_nothing_lost(sites, gm, work, owners, module)
             runner = lower(work, example_inputs, Run(Config(**{**own, "n": 1}), entries))
             history.trace(entries)
             history.record(captured, work, entries, context, example_inputs)
@@ -115,7 +115,7 @@ def _compile(
         if own is not None and not _is_transformed(module):
             return _first_call_of_plain(gm, example_inputs, Config(**own), lower, module)
         # a part of the model without a site
-        _require_nothing_lost(sites, gm, work, owners)
+        _require_nothing_lost(sites, gm, work, owners, module)
         return lower(work, example_inputs, Run(Config(**(own or {}))))
     _refuse_constants(work)
     _require_agreement(own or {}, declared)
@@ -133,7 +133,7 @@ def _compile(
     history.trace(entries)
     _erase_declarations(work)
     guard.require_alive(
-        sites, work, lambda: guard.undeclared_in(context.detection), context.broken_at
+        sites, work, lambda: guard.undeclared_in(context.detection), _broken_at(gm, module)
     )
     _require_synchronisation(work, context, example_inputs)
     runner = lower(work, example_inputs, Run(declared, entries))
@@ -157,7 +157,11 @@ def _transformed_modules(gm: fx.GraphModule, module: nn.Module | None) -> list[n
 
 
 def _require_nothing_lost(
-    sites: guard.Sites, gm: fx.GraphModule, work: fx.GraphModule, owners: Sequence[nn.Module]
+    sites: guard.Sites,
+    gm: fx.GraphModule,
+    work: fx.GraphModule,
+    owners: Sequence[nn.Module],
+    module: nn.Module | None,
 ) -> None:
     """In a graph in which nothing is declared no branch of a site may run."""
 
@@ -167,7 +171,7 @@ def _require_nothing_lost(
         return guard.undeclared_in(context.detection)
 
     if sites.declared:
-        guard.require_alive(sites, work, undeclared, _torch.break_reason(gm))
+        guard.require_alive(sites, work, undeclared, _broken_at(gm, module))
 
 
 def _checked(passes: Sequence[Pass], sites: guard.Sites) -> list[Pass]:
@@ -366,13 +370,22 @@ def _fake_mode_of(gm: fx.GraphModule) -> Any:
     return next(v.fake_mode for v in values if isinstance(v, _torch.FakeTensor))
 
 
+def _broken_at(gm: fx.GraphModule, module: nn.Module | None) -> str | None:
+    """Where a graph ends early, or begins: Dynamo skips a forward that breaks inside a loop.
+
+    Args:
+        module: that which is being called.
+    """
+    captured = _torch.innermost_module()
+    if (broken := _torch.break_reason(gm)) or module is None or captured in (None, module):
+        return broken
+    name = next((path for path, m in module.named_modules() if m is captured), None)
+    return None if name is None else f"a call above module '{name}'"
+
+
 def _check_whole(gm: fx.GraphModule, module: nn.Module) -> None:
     """A plain model is transformed at once or not at all: its graph must be one."""
-    broken, captured = _torch.break_reason(gm), _torch.innermost_module()
-    if captured is not None and captured is not module:
-        name = next((path for path, m in module.named_modules() if m is captured), "")
-        broken = broken or f"a call above module '{name}'"
-    if broken:
+    if broken := _broken_at(gm, module):
         raise GraphBreakError(
             f"Dynamo breaks the graph of {type(module).__name__} at {broken}; a model that was not "
             "transformed must be captured whole. Call mhc_compile.transform(model) first (breaks "

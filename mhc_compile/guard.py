@@ -215,7 +215,7 @@ def require_own_branches(sites: Sites, gm: fx.GraphModule, context: Context) -> 
             raise ChainBrokenError(
                 f"The residual add at {site.location} in module '{site.owner or '<root>'}' was "
                 f"about to be given the parameters of '{declared.name}', whose branch it does not "
-                f"compute. {_WAY_OUT}"
+                f"compute. {_WAY_OUT} Nothing was computed."
             )
 
 
@@ -273,10 +273,10 @@ def _lost(
         if adds
         else " Their residual adds were not found in the graph."
     )
-    broken = f" The capture was broken at {broken_at}." if broken_at else ""
+    why = _BROKEN.format(broken_at) if broken_at else _WAY_OUT
     return (
         f"{len(lost)} declared site(s) of {whose} ran in this call, and would have computed plain "
-        f"residuals: {names}.{there}{broken} {_WAY_OUT}"
+        f"residuals: {names}.{there} {why} Nothing was computed."
     )
 
 
@@ -284,7 +284,11 @@ _WAY_OUT = (
     "This call takes another path through the model than the one that was transformed: the forward "
     "of a module was replaced, a hook replaces what passes through it, a submodule was exchanged, "
     "or the adds are reached in another way. Put that in place before mhc_compile.transform, or "
-    "call mhc_compile.revert and transform again. Nothing was computed."
+    "call mhc_compile.revert and transform again."
+)
+_BROKEN = (
+    "Dynamo broke the graph at {}: no print, .item() or other graph break may stand between "
+    "residual adds (TORCH_LOGS=graph_breaks shows them)."
 )
 
 
