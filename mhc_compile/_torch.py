@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -48,6 +49,7 @@ __all__ = [
     "break_reason",
     "call_graph_pass",
     "calling_module",
+    "check_lookups",
     "compile_dynamo",
     "compile_inductor",
     "dynamo_settings",
@@ -202,6 +204,18 @@ def break_reason(gm: fx.GraphModule) -> str | None:
     frame = reason.user_stack[-1] if reason.user_stack else None
     where = f"{frame.filename}:{frame.lineno}" if frame is not None else "an unknown place"
     return f"{where} ({str(reason.reason).splitlines()[0]})"
+
+
+def check_lookups(graph: fx.Graph) -> None:
+    """Raise what embeddings raise for indices that are not integers.
+
+    Fake tensors of torch 2.11 let them pass; in later ones the trace itself has raised.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.nn.functional.embedding):
+        indices = node.args[0] if node.args else node.kwargs["input"]
+        dtype = indices.meta["example_value"].dtype
+        with unset_fake_temporarily(), torch.device("cpu"):
+            torch.nn.functional.embedding(torch.empty(0, dtype=dtype), torch.empty(1, 1))
 
 
 def is_cut_for_ddp(gm: fx.GraphModule) -> bool:
