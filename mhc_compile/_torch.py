@@ -1,7 +1,7 @@
-"""Every private torch name that the project uses, in one place, with the versions it was seen in.
+"""Every private torch name that the project uses, in one place.
 
-Checked on torch 2.13; the names and formats are the same in the sources of 2.11 and 2.12 unless
-a comment says otherwise.
+They are the same in all versions of ``versions.TORCH`` unless a comment says otherwise;
+tests/test_torch.py looks up each of them and calls each function.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnaly
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import default_partition
-from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch._inductor import custom_graph_pass, list_mode_options
 from torch._inductor.compile_fx import compile_fx
+from torch._library.effects import EffectType
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
-from torch.fx.node import has_side_effect
 from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import BackwardHook
@@ -58,6 +58,7 @@ __all__ = [
     "break_reason",
     "call_graph_pass",
     "calling_module",
+    "check_lookups",
     "compile_dynamo",
     "compile_inductor",
     "dynamo_settings",
@@ -106,17 +107,26 @@ RECOMPILE_LIMIT = 256
 
 def register_effectful(operator: torch._ops.OpOverload) -> None:
     """Keep calls of an operator without result in every graph, and in order."""
-    _register_effectful_op(operator, _EffectType.ORDERED)
-    has_side_effect(operator)
+    torch.library._register_effectful_op(operator, EffectType.ORDERED)
 
 
 def compile_dynamo(
-    function: Callable[..., Any], backend: Callable[..., Any], *, dynamic: bool | None = None
+    function: Callable[..., Any],
+    backend: Callable[..., Any],
+    *,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
 ) -> Callable[..., Any]:
-    """``torch.compile`` with a cache of its own: instances share neither limit nor graphs."""
-    if not own_cache() and isinstance(function, types.MethodType):
+    """``torch.compile`` with a cache of its own: instances share neither limit nor graphs.
+
+    Nor does it matter where others broke: Dynamo no longer looks at code of which it once found
+    that it cannot be captured.
+    """
+    if isinstance(function, types.MethodType):
         function = _with_own_code(function)
-    return torch.compile(function, backend=backend, dynamic=dynamic, **own_cache())
+    return torch.compile(
+        function, backend=backend, dynamic=dynamic, fullgraph=fullgraph, **own_cache()
+    )
 
 
 def _with_own_code(method: types.MethodType) -> types.MethodType:
@@ -136,7 +146,7 @@ def own_cache() -> dict[str, Any]:
     """Arguments of ``torch.compile`` for a cache of its own.
 
     They are public in 2.13; where they do not exist yet, ``dynamo_settings`` raises the global
-    limit around the call.
+    limit around the call, and ``compile_dynamo`` gives methods code of their own.
     """
     known = inspect.signature(torch.compile).parameters
     wanted = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
@@ -307,6 +317,18 @@ def _float_of_module(node: fx.Node) -> str | None:
     # As a number that a guard has made of it would not tell.
     name = getattr(symbol.node._expr, "name", None)
     return name if source.guard_source.is_unspecialized_nn_module() else None
+
+
+def check_lookups(graph: fx.Graph) -> None:
+    """Raise what embeddings raise for indices that are not integers.
+
+    Fake tensors of torch 2.11 let them pass; in later ones the trace itself has raised.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.nn.functional.embedding):
+        indices = node.args[0] if node.args else node.kwargs["input"]
+        dtype = indices.meta["example_value"].dtype
+        with unset_fake_temporarily(), torch.device("cpu"):
+            torch.nn.functional.embedding(torch.empty(0, dtype=dtype), torch.empty(1, 1))
 
 
 def is_cut_for_ddp(gm: fx.GraphModule) -> bool:

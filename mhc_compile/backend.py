@@ -127,7 +127,7 @@ def _compile_graph(
     if declared is None:
         if own is not None and (found := rewrite(work, module, own)) is not None:
             context, entries = found
-            _require_nothing_lost(sites, gm, work, owners)
+            _require_nothing_lost(sites, gm, work, owners, module)
             runner = lower(work, example_inputs, Run(Config(**{**own, "n": 1}), entries))
             history.trace(entries)
             history.record(captured, work, entries, context, example_inputs)
@@ -135,7 +135,7 @@ def _compile_graph(
         if own is not None and not _is_transformed(module):
             return _first_call_of_plain(gm, example_inputs, Config(**own), lower, module)
         # a part of the model without a site
-        _require_nothing_lost(sites, gm, work, owners)
+        _require_nothing_lost(sites, gm, work, owners, module)
         return lower(work, example_inputs, Run(Config(**(own or {}))))
     _refuse_constants(work)
     _require_agreement(own or {}, declared)
@@ -153,7 +153,7 @@ def _compile_graph(
     )
     history.trace(entries)
     _erase_declarations(work)
-    broken_at = context.broken_at or _torch.break_around()
+    broken_at = _broken_at(gm, module)
     guard.require_alive(sites, work, lambda: guard.undeclared_in(context.detection), broken_at)
     _require_synchronisation(work, context, example_inputs)
     _warn_of_frozen(work, context, example_inputs)
@@ -178,7 +178,11 @@ def _transformed_modules(gm: fx.GraphModule, module: nn.Module | None) -> list[n
 
 
 def _require_nothing_lost(
-    sites: guard.Sites, gm: fx.GraphModule, work: fx.GraphModule, owners: Sequence[nn.Module]
+    sites: guard.Sites,
+    gm: fx.GraphModule,
+    work: fx.GraphModule,
+    owners: Sequence[nn.Module],
+    module: nn.Module | None,
 ) -> None:
     """In a graph in which nothing is declared no branch of a site may run."""
 
@@ -188,8 +192,7 @@ def _require_nothing_lost(
         return guard.undeclared_in(context.detection)
 
     if sites.declared:
-        broken_at = _torch.break_reason(gm) or _torch.break_around()
-        guard.require_alive(sites, work, undeclared, broken_at)
+        guard.require_alive(sites, work, undeclared, _broken_at(gm, module))
 
 
 def _checked(passes: Sequence[Pass], sites: guard.Sites) -> list[Pass]:
@@ -407,13 +410,24 @@ def _fake_mode_of(gm: fx.GraphModule) -> Any:
     return next(v.fake_mode for v in values if isinstance(v, _torch.FakeTensor))
 
 
+def _broken_at(gm: fx.GraphModule, module: nn.Module | None) -> str | None:
+    """Where a graph ends early, or begins: Dynamo skips a forward that breaks inside a loop.
+
+    Args:
+        module: that which is being called.
+    """
+    if broken := _torch.break_reason(gm) or _torch.break_around():
+        return broken
+    captured = _torch.innermost_module()
+    if module is None or captured in (None, module):
+        return None
+    name = next((path for path, m in module.named_modules() if m is captured), None)
+    return None if name is None else f"a call above module '{name}'"
+
+
 def _check_whole(gm: fx.GraphModule, module: nn.Module) -> None:
     """A plain model is transformed at once or not at all: its graph must be one."""
-    broken, captured = _torch.break_reason(gm), _torch.innermost_module()
-    if captured is not None and captured is not module:
-        name = next((path for path, m in module.named_modules() if m is captured), "")
-        broken = broken or f"a call above module '{name}'"
-    if broken:
+    if broken := _broken_at(gm, module):
         raise GraphBreakError(
             f"Dynamo breaks the graph of {type(module).__name__} at {broken}; a model that was not "
             "transformed must be captured whole. Call mhc_compile.transform(model) first (breaks "

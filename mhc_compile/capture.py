@@ -96,6 +96,7 @@ def capture(
         ran = False
 
         def run(*inputs: Any) -> list[Any]:
+            _torch.check_lookups(copied.graph)
             # Behind a graph break one graph may run for several modules of one class.
             nonlocal ran
             results = pytree.tree_map_only(Tensor, Tensor.clone, outputs) if ran else outputs
@@ -143,7 +144,8 @@ def first_break(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     mode = _fake_mode(args, kwargs)
     with _unchanged(model), _tracing(), torch.enable_grad(), mode:
         args, kwargs = pytree.tree_map_only(Tensor, _fake(mode, model), (args, dict(kwargs)))
-        whole = torch.compile(model, backend=lambda gm, _: gm.forward, fullgraph=True)
+        # Not the module itself: its code is passed over where an earlier compilation broke.
+        whole = _torch.compile_dynamo(model.forward, lambda gm, _: gm.forward, fullgraph=True)
         try:
             whole(*args, **kwargs)
         except Exception as error:

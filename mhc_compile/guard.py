@@ -246,7 +246,7 @@ def require_own_branches(sites: Sites, gm: fx.GraphModule, context: Context) -> 
             raise ChainBrokenError(
                 f"The residual add at {site.location} in module '{site.owner or '<root>'}' was "
                 f"about to be given the parameters of '{declared.name}', whose branch it does not "
-                f"compute. {_WAY_OUT}"
+                f"compute. {_WAY_OUT} Nothing was computed."
             )
 
 
@@ -303,10 +303,10 @@ def _lost(
         if adds
         else " Their residual adds were not found in the graph."
     )
-    way_out = _WITHOUT_BREAK.format(broken_at) if broken_at else _WAY_OUT
+    why = _BROKEN.format(broken_at) if broken_at else _WAY_OUT
     return (
         f"{len(lost)} declared site(s) of {whose} ran in this call, and would have computed plain "
-        f"residuals: {names}.{there} {way_out}"
+        f"residuals: {names}.{there} {why} Nothing was computed."
     )
 
 
@@ -314,13 +314,13 @@ _WAY_OUT = (
     "This call takes another path through the model than the one that was transformed: the forward "
     "of a module was replaced, a hook replaces what passes through it, a submodule was exchanged, "
     "or the adds are reached in another way. Put that in place before mhc_compile.transform, or "
-    "call mhc_compile.revert and transform again. Nothing was computed."
+    "call mhc_compile.revert and transform again."
 )
-
-_WITHOUT_BREAK = (
-    "Dynamo broke the graph at {}, so that no graph holds the residual stream whole. Remove that "
-    "break: layers that are dropped at random in training are such (set layerdrop=0, or write "
-    "x + mask * F(x)). Nothing was computed."
+_BROKEN = (
+    "Dynamo broke the graph at {}, so that no graph holds the residual stream whole: no print, "
+    ".item() or other graph break may stand between residual adds (TORCH_LOGS=graph_breaks shows "
+    "them). Layers that are dropped at random in training are such: set layerdrop=0, or write "
+    "x + mask * F(x)."
 )
 
 
