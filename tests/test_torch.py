@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch.fx.experimental.sym_node import SymNode
 from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +70,8 @@ OWNERS: dict[str, Callable[[], Any]] = {
     "a compiled module": lambda: torch.compile(nn.Identity()),
     "a module in DDP": a_ddp_module,
     "a node": lambda: fx.Node,
+    "the room of nn.Module": lambda: torch.nn.modules.module,
+    "a symbolic number": lambda: SymNode(sympy.Symbol("s"), None, float, 1.0),
 }
 
 
