@@ -102,23 +102,12 @@ class _Widener:
         with self._where_branch_begins(site, readers):
             mark = self.graph.call_function(branch_input, (site.x,))
         mark.meta = dict(site.x.meta)
-<<<<<<< HEAD
         self.modes.set(mark, self.modes.of(mark.prev))
         recorded = any(self.modes.of(node).grad for node in (site.node, *readers))
         if recorded and not self.modes.of(mark).grad:
             self.unrecorded.add(mark)
-        for user in readers:
+        for user in [*readers, *self._read_along(site, mark)]:
             user.replace_input_with(site.x, mark)
-=======
-        others = [self.regions[s] for s in self.reading[site.x] if s is not site]
-        taken = set(self.site_at).union(*others)
-        begins = {c for u in site.x.users if u in region and (c := _child_call(u, site))}
-        for user in list(site.x.users):
-            # What else a module of the branch reads (its hooks, a count), it reads of its input.
-            within = user in region or (user not in taken and _child_call(user, site) in begins)
-            if within and user not in site.skip_path and user is not mark:
-                user.replace_input_with(site.x, mark)
->>>>>>> 21966ac (What a hook reads before a branch is the branch's input)
         self.branch_inputs[mark] = site
         inside = [s for s in self.reading[site.x] if s is not site and s.node in region]
         for inner in inside:
@@ -126,6 +115,15 @@ class _Widener:
             _begin_at(inner, mark, self.steps)
         self.reading[mark] = inside
         site.branch = [mark if term is site.x else term for term in site.branch]
+
+    def _read_along(self, site: Site, mark: fx.Node) -> list[fx.Node]:
+        """What else a module of the branch reads of its input: its hooks, a count."""
+        region = self.regions[site]
+        others = [self.regions[s] for s in self.reading[site.x] if s is not site]
+        taken = {mark, *self.site_at, *site.skip_path}.union(region, *others)
+        begins = {c for u in site.x.users if u in region and (c := _child_call(u, site))}
+        behind = [u for u in site.x.users if u not in taken and mark < u]
+        return [u for u in behind if _child_call(u, site) in begins]
 
     def _where_branch_begins(self, site: Site, readers: list[fx.Node]) -> Any:
         """Behind x, or in front of F where the sum is in another mode than x.
