@@ -345,10 +345,10 @@ def test_a_promise_still_stands_in_readme_and_is_checked(text: str) -> None:
 
 
 def test_accelerate_refuses_the_name() -> None:
-    from transformers import TrainingArguments
+    from accelerate.utils import TorchDynamoPlugin
 
     with pytest.raises(ValueError, match="'MHC' is not a valid DynamoBackend"):
-        TrainingArguments("unused", torch_compile_backend="mhc", report_to=[], use_cpu=True)
+        TorchDynamoPlugin(backend="mhc")
 
 
 def test_every_error_is_explained() -> None:
