@@ -27,7 +27,7 @@ from .dataflow import DataFlow, erase_dead_code, unread
 from .detect import is_reduction_of
 from .fake import INHERITED, set_example_value
 from .operators import Kind, holds_tensor, hooked_tensor, kind_of, value_of
-from .sites import Detection, Site
+from .sites import Detection, Site, stack_of
 from .streamwise import apply_streamwise, lay_as, transfer_axis
 
 __all__ = ["branch_input", "widen"]
@@ -93,8 +93,13 @@ class _Widener:
         with self.graph.inserting_after(_last_input(self.graph, site.x)):
             mark = self.graph.call_function(branch_input, (site.x,))
         mark.meta = dict(site.x.meta)
+        others = [self.regions[s] for s in self.reading[site.x] if s is not site]
+        taken = set(self.site_at).union(*others)
+        begins = {c for u in site.x.users if u in region and (c := _child_call(u, site))}
         for user in list(site.x.users):
-            if user in region and user not in site.skip_path:
+            # What else a module of the branch reads (its hooks, a count), it reads of its input.
+            within = user in region or (user not in taken and _child_call(user, site) in begins)
+            if within and user not in site.skip_path and user is not mark:
                 user.replace_input_with(site.x, mark)
         self.branch_inputs[mark] = site
         inside = [s for s in self.reading[site.x] if s is not site and s.node in region]
@@ -320,6 +325,13 @@ def _begin_at(site: Site, mark: fx.Node, steps: dict[fx.Node, fx.Node]) -> None:
     site.skip = mark if site.skip is site.x else site.skip
     site.branch = [mark if term is site.x else term for term in site.branch]
     site.x = mark
+
+
+def _child_call(node: fx.Node, site: Site) -> str:
+    """The module call by a site's owner that a node stands in, "" if there is none."""
+    keys = ["", *(key for key, _ in stack_of(node))]  # "": the root of the capture
+    after = keys.index(site.owner_key) + 1 if site.owner_key in keys else len(keys)
+    return keys[after] if after < len(keys) else ""
 
 
 def _last_input(graph: fx.Graph, node: fx.Node) -> fx.Node:
