@@ -261,9 +261,7 @@ def _enter_backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]
 def _leave_backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     module, hooks, pre_hooks, which, count, inputs, axes, call = ctx.constants
     given, which, axes = _present(gradients, which, axes)
-    *new, number = hook_outputs(
-        given, module, hooks, pre_hooks, which, count, inputs, axes, call
-    )
+    *new, number = hook_outputs(given, module, hooks, pre_hooks, which, count, inputs, axes, call)
     return (_spread(gradients, new), [number] * ctx.linked, *[None] * len(ctx.constants))
 
 
