@@ -8,7 +8,6 @@ each sentence that promises something. A sentence promises something if it holds
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import re
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import torch
 
 import mhc_compile
 from mhc_compile import _torch
+from tests import checks
 from tests.zoo.rewritten import partition
 
 from .test_huggingface import llama
@@ -122,19 +122,6 @@ def test_every_block_is_in_the_table_in_order() -> None:
     assert README.count("```") == 2 * len(BLOCKS)
 
 
-def moved_and_trained(model: torch.nn.Module, before: torch.Tensor, ids: torch.Tensor) -> None:
-    """The model has mHC parameters, and they decide what it computes."""
-    with torch.no_grad():
-        assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
-        for parameter in mhc_compile.parameters(model):
-            parameter += 0.5 * torch.randn_like(parameter)
-    model.zero_grad()
-    out = model(input_ids=ids, labels=ids)
-    assert (out.logits - before).norm() > 1e-2 * before.norm()
-    out.loss.backward()
-    assert all(p.grad.norm() > 0 for p in mhc_compile.parameters(model))
-
-
 @pytest.mark.parametrize("number", [i for i, b in enumerate(BLOCKS) if not b.not_run])
 def test_a_block_runs_as_it_stands(number: int, tmp_path: Path, monkeypatch: Any) -> None:
     """Inductor's own work is left out: `test_backend.py` has it."""
@@ -143,11 +130,11 @@ def test_a_block_runs_as_it_stands(number: int, tmp_path: Path, monkeypatch: Any
     plain, ids = given("plain", tmp_path), given("ids", tmp_path)
     model = names["model"]
     if "Trainer" in names:  # one step was taken: another function than at the start
-        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-        before = copy.deepcopy(model).eval()(input_ids=ids).logits.detach()
+        checks.assert_moves(model.eval(), {"input_ids": ids, "labels": ids})
     else:
-        before = plain.eval()(input_ids=ids).logits.detach()
-    moved_and_trained(model.eval(), before, ids)
+        inputs = {"input_ids": ids, "labels": ids}
+        with_float32 = {"outputs": 1e-5, "gradients": 1e-4}
+        checks.assert_transformed(plain.eval(), model.eval(), inputs, **with_float32)
 
 
 def test_explain_prints_what_readme_shows(tmp_path: Path) -> None:

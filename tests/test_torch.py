@@ -414,6 +414,79 @@ def test_innermost_module(own):
     assert own.innermost_module() is None
 
 
+def test_exceptions_met(own):
+    torch._dynamo.utils.counters.clear()
+
+    class Refusing(nn.Module):
+        def forward(self, x):
+            raise ValueError("not this one")
+
+    assert own.exceptions_met() == {}
+    with pytest.raises(ValueError, match="not this one"):
+        torch.compile(Refusing(), backend="eager")(torch.ones(1))
+    ((met, count),) = own.exceptions_met().items()
+    assert "ValueError" in met and "not this one" in met and count >= 1
+
+
+def test_break_around(own):
+    found: list[str | None] = []
+
+    def backend(gm, example_inputs):
+        found.append(own.break_around())
+        return gm.forward
+
+    class Breaking(nn.Module):
+        """A break inside a loop: Dynamo leaves the frame, and captures what it calls."""
+
+        def forward(self, x):
+            for _ in range(2):
+                if torch.rand([]) >= 0:
+                    x = double(x)
+            return x
+
+    torch.compile(lambda x: double(x), backend=backend)(torch.ones(1))
+    assert found == [None]
+    torch._dynamo.reset()
+    torch.compile(nn.Sequential(Doubler(), Breaking()), backend=backend)(torch.ones(1))
+    assert found[-1] is not None and HERE in found[-1]
+    assert own.break_around() is None
+
+
+def double(x):
+    return 2 * x
+
+
+def test_require_constant_floats(own):
+    constants: list[bool] = []
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = 0.5
+
+        def forward(self, x, by):
+            return x * self.scale + by
+
+    def backend(gm, example_inputs):
+        own.require_constant_floats(gm)
+        names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
+        constants.append(not any("scale" in name for name in names))
+        assert any("by" in name for name in names)  # an argument stays an input
+        return gm.forward
+
+    compiled = torch.compile(Scaled(), backend=backend, dynamic=True)
+    assert compiled(torch.ones(2), 0.25).equal(torch.full((2,), 0.75))
+    assert constants[-1]
+
+
+def test_unwrapped(own):
+    inner = nn.Linear(2, 2)
+    with one_process():
+        assert own.unwrapped(a_ddp_module(inner)) is inner
+    compiled = torch.compile(nn.DataParallel(inner), backend="eager")
+    assert own.unwrapped(compiled) is inner and own.unwrapped(inner) is inner
+
+
 def test_is_functorch_active(own):
     answers: list[bool] = []
 
