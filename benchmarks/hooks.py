@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -94,7 +95,7 @@ def measure(size: str, train: bool) -> None:
     step = statistics.median(times[names[0]])
     what = "step" if train else "call"
     print(f"{size}, {layers} layers, width {width}, {tokens} tokens: {what} {1e3 * step:.2f} ms")
-    for more, less in zip(names, names[1:], strict=False):
+    for more, less in pairwise(names):
         differences = [a - b for a, b in zip(times[more], times[less], strict=True)]
         cost = statistics.median(differences)
         print(f"  {less}: {1e6 * cost:+.0f} us less, {100 * cost / step:+.1f} %")

@@ -18,8 +18,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 __all__ = [
     "Kind",
     "dtype_of",
-    "hooked_tensor",
     "holds_tensor",
+    "hooked_tensor",
     "is_float_tensor",
     "kind_of",
     "memory_order",

@@ -202,13 +202,18 @@ class _Widener:
         site, axis = self.origin[operand]
         call, index = node.args
         assert isinstance(call, fx.Node) and isinstance(index, int)
-        streams = self.streams[operand]
+        streams, kept = self.streams[operand], self.options.stream_dtype
+        if kept is not None:
+            with self._writing(before=call, like=node):
+                streams = self._proxy(streams).to(_dtype(operand)).node
         tensors, axes, values = (list(v) for v in (call.args[0], call.args[-2], value_of(call)))  # type: ignore[call-overload]
         tensors[index], axes[index], values[index] = streams, axis, value_of(streams)
         call.args = (tensors, *call.args[1:-2], axes, call.args[-1])
         call.meta["example_value"] = values
         with self._writing(before=node, like=node):
             result = self._proxy(call)[index]
+            if kept is not None:
+                result = result.to(kept)
         self._set_streams(node, result, site, axis)
 
     def _widen_reductions(self, node: fx.Node, operand: fx.Node) -> None:
