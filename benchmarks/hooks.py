@@ -4,8 +4,12 @@
 
 Three copies of a transformed model take turns in one process: as it is; without guards on empty
 dictionaries of hooks; and without comparing forwards as well. The difference of two is the median
-of the differences in the same turn, in microseconds of the processor and as a share of the median step.
-A step is forward and backward, a call a forward without gradients.
+of the differences in the same turn, in microseconds of the processor and as a share of the median
+step. A step is forward and backward, a call a forward without gradients.
+
+One core of a busy Xeon: the guards cost nothing that can be told from noise (-0.7 to +0.5 % in
+four settings), comparing forwards 20 to 130 us of a call of two layers (0.7 and 1.6 %) and 0.2 and
+1.5 % of one of twelve.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -90,7 +95,7 @@ def measure(size: str, train: bool) -> None:
     step = statistics.median(times[names[0]])
     what = "step" if train else "call"
     print(f"{size}, {layers} layers, width {width}, {tokens} tokens: {what} {1e3 * step:.2f} ms")
-    for more, less in zip(names, names[1:], strict=False):
+    for more, less in pairwise(names):
         differences = [a - b for a, b in zip(times[more], times[less], strict=True)]
         cost = statistics.median(differences)
         print(f"  {less}: {1e6 * cost:+.0f} us less, {100 * cost / step:+.1f} %")

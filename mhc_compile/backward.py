@@ -148,7 +148,7 @@ def hook_enter(
 
 
 @hook_enter.register_fake
-def _(tensors, module, hooks, which, count, axes, call):  # type: ignore[no-untyped-def]
+def _(tensors, module, hooks, which, count, axes, call):
     return [*(torch.empty_like(t) for t in tensors), torch.zeros((), dtype=torch.float64)]
 
 
@@ -170,7 +170,7 @@ def hook_leave(
 
 
 @hook_leave.register_fake
-def _(tensors, link, module, hooks, pre_hooks, which, count, inputs, axes, call):  # type: ignore[no-untyped-def]
+def _(tensors, link, module, hooks, pre_hooks, which, count, inputs, axes, call):
     return [torch.empty_like(t) for t in tensors]
 
 
@@ -197,7 +197,7 @@ def hook_inputs(
 
 
 @hook_inputs.register_fake
-def _(gradients, link, module, hooks, which, count, axes, call):  # type: ignore[no-untyped-def]
+def _(gradients, link, module, hooks, which, count, axes, call):
     return [torch.empty_like(g) for g in gradients]
 
 
@@ -234,7 +234,7 @@ def hook_outputs(
 
 
 @hook_outputs.register_fake
-def _(gradients, module, hooks, pre_hooks, which, count, inputs, axes, call):  # type: ignore[no-untyped-def]
+def _(gradients, module, hooks, pre_hooks, which, count, inputs, axes, call):
     return [*(torch.empty_like(g) for g in gradients), torch.zeros((), dtype=torch.float64)]
 
 

@@ -30,7 +30,7 @@ def described(function: Callable[..., Any]) -> str:
         function = function.func
     plain = inspect.unwrap(getattr(function, "__func__", function))
     if not hasattr(plain, "__code__"):
-        plain = getattr(type(function), "__call__", plain)
+        plain = type(function).__call__
         name = type(function).__qualname__
     else:
         name = plain.__qualname__

@@ -26,6 +26,7 @@ Note [Linear time]
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
@@ -70,23 +71,22 @@ def detect(gm: fx.GraphModule, context: Context) -> PassResult:
         UnsupportedError: a part of the graph is called as a whole: ``canonicalize`` did not run.
     """
     _require_inlined(gm.graph)
-    detector = _Detector(gm.graph, context)
-    try:
-        found = detector.run()
-    except ChainBrokenError:
-        if not detector.missing:
-            raise
-        try:
-            found = _Detector(gm.graph, context, ablated=detector.missing).run()
-        except ChainBrokenError:
-            found = None
-        if found is None:
-            raise
-    context.detection = found
+    found = context.detection = _find(gm.graph, context)
     notes = [
         f"{len(found.sites)} sites in {len(found.chains)} chains, {len(found.rejected)} rejected"
     ]
     return PassResult(gm, changed=False, notes=notes)
+
+
+def _find(graph: fx.Graph, context: Context) -> Detection:
+    detector = _Detector(graph, context)
+    try:
+        return detector.run()
+    except ChainBrokenError:
+        if detector.missing:
+            with suppress(ChainBrokenError):
+                return _Detector(graph, context, ablated=detector.missing).run()
+        raise
 
 
 def _require_inlined(graph: fx.Graph) -> None:

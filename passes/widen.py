@@ -241,7 +241,10 @@ class _Widener:
         call, index = node.args
         assert isinstance(call, fx.Node) and isinstance(index, int)
         streams, kept = self.streams[operand], self.options.stream_dtype
-        tensors, axes, values = (list(v) for v in (call.args[0], call.args[-2], value_of(call)))  # type: ignore[call-overload,arg-type]
+        if kept is not None:
+            with self._writing(before=call, like=node):
+                streams = self._proxy(streams).to(_dtype(operand)).node
+        tensors, axes, values = (list(v) for v in (call.args[0], call.args[-2], value_of(call)))  # type: ignore[call-overload]
         tensors[index], axes[index], values[index] = streams, axis, value_of(streams)
         call.args = (tensors, *call.args[1:-2], axes, call.args[-1])
         call.meta["example_value"] = values

@@ -126,9 +126,10 @@ def register(module: nn.Module, hook: Callable[..., Any]) -> Any:
 
 
 ON_BRANCHES = [
-    ("p.a", reads), ("q.b", scales), ("p.b", masks), ("q.a", replaces), ("q.a", zeros), ("q.a", ones),
-    ("q.b", joins), ("p.a", reads_before), ("q.b", scales_before), ("q.a", replaces_before),
-    ("p.a", reads_gradients), ("q.a", scales_gradients), ("p.b", scales_gradients_before),
+    ("p.a", reads), ("q.b", scales), ("p.b", masks), ("q.a", replaces), ("q.a", zeros),
+    ("q.a", ones), ("q.b", joins), ("p.a", reads_before), ("q.b", scales_before),
+    ("q.a", replaces_before), ("p.a", reads_gradients), ("q.a", scales_gradients),
+    ("p.b", scales_gradients_before),
 ]  # fmt: skip
 
 ON_A_BLOCK: list[tuple[Callable[..., Any], Callable[[Tensor], Tensor]]] = [
