@@ -5,6 +5,7 @@ streams averaged behind every site, or with sites that are in no graph at all. T
 equal to each other, too, wherever their parameters are. So every test that transforms a model and
 compares what it computes also calls `checks.assert_moves` (or `assert_transformed`, which does):
 all mHC parameters are moved far away, the output must move, and every group must have a gradient.
+Or it perturbs and compares with the recurrence of the streams written by hand (`TRUTHS`).
 This file reads the tests' own sources and finds those that do not.
 
 What a test does is what stands in its function, in its fixtures and in all functions of `tests/`
@@ -33,6 +34,16 @@ GOALS = {
     ("tests/checks.py", "assert_moves"),
     ("tests/zoo/rotation.py", "assert_streams_take_turns"),  # a truth of its own
 }
+
+TRUTHS = {
+    ("tests/passes/recurrence.py", "assert_is_truth"),
+    ("tests/passes/recurrence.py", "site"),
+    ("tests/test_hooks.py", "recurrence"),
+    ("tests/test_ownership.py", "truth"),
+}
+"""The n-stream model written out by hand, which is not the plain one once parameters moved."""
+
+PERTURBS = {("tests/checks.py", "perturb"), ("tests/passes/recurrence.py", "perturb")}
 
 ALLOWED: dict[str, str] = {}
 """Tests that need not, or whole files of them, each with what proves it there."""
@@ -92,7 +103,8 @@ class Suite:
             reached = self.reached(test)
             said = [self.functions[key] for key in reached]
             transforms, compares = any(f.transforms for f in said), any(f.compares for f in said)
-            if test[1].startswith("test_") and transforms and compares and not GOALS & reached:
+            proves = GOALS & reached or (TRUTHS & reached and PERTURBS & reached)
+            if test[1].startswith("test_") and transforms and compares and not proves:
                 yield "::".join(test)
 
 
@@ -170,7 +182,7 @@ def sources() -> dict[str, str]:
 
 def test_no_test_compares_only_at_the_start() -> None:
     tests = Suite(sources())
-    assert tests.functions.keys() >= GOALS
+    assert tests.functions.keys() >= GOALS | TRUTHS | PERTURBS
     found = {name: name.partition("::")[0] for name in tests.only_at_the_start()}
     assert [name for name, file in found.items() if not {name, file} & ALLOWED.keys()] == []
     needed = {*found, *found.values()}

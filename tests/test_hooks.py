@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
 from mhc_compile import _torch, backward, hooks
+from tests import checks
 from tests.test_ownership import CALLS, CHANGEABLE, EXACT, WIDTH, Block, Root, branches, tokens
-from tests.zoo import checks
 from tests.zoo.truth import Streams, readout
 
 NAMES = ["p.a", "p.b", "q.a", "q.b"]
