@@ -56,6 +56,30 @@ ALLOWED |= dict.fromkeys(
     ],
     "the operators of the graph are asserted site by site, and the open form is another truth",
 )
+ALLOWED |= dict.fromkeys(
+    [
+        "tests/passes/test_modes.py::test_a_connection_in_two_modes_stays_as_it_is",
+        "tests/passes/test_modes.py::test_a_connection_around_a_branch_in_another_mode_is_recognised",
+        "tests/passes/test_modes.py::test_projections_in_different_modes_are_not_joined",
+    ],
+    "connections that the model has itself: nothing was transformed",
+)
+ALLOWED |= dict.fromkeys(
+    [
+        "tests/test_peft.py::test_adapters_and_mhc_parameters_are_trained_and_nothing_else",
+        "tests/test_peft.py::test_an_adapter_is_saved_and_loaded_with_its_mhc_parameters",
+        "tests/test_peft.py::test_save_of_this_library_and_of_peft_share_a_folder",
+    ],
+    "the parameters have PEFT's names: `adapted` moves them, and the first asks for gradients",
+)
+ALLOWED["tests/passes/test_widen.py::test_perturbed_graph_agrees_with_truth"] = (
+    "its table of cases is the recurrence by hand, and not the plain program"
+)
+ALLOWED["tests/test_readme.py::test_a_block_runs_as_it_stands"] = (
+    "`moved_and_trained` asks for both"
+)
+ALLOWED["tests/test_ownership.py::test_a_parametrization_of_an_owner_outlives_revert"] = "reverted"
+ALLOWED["tests/test_check.py::test_the_model_is_left_as_it_was"] = "no results are compared"
 ALLOWED["tests/zoo/test_zoo.py::test_h_res_is_indexed_out_in"] = "literal numbers, of streams apart"
 ALLOWED["tests/test_backend.py::test_one_stream_leaves_a_plain_model_plain"] = "it has no site"
 ALLOWED["tests/zoo/test_zoo.py::test_streams_part_with_the_first_optimizer_step"] = "it moves them"
