@@ -444,6 +444,7 @@ def test_backward_hooks_see_what_they_see_in_the_plain_model(make, places, train
     assert expected and any(t is not None and t.any() for t in expected)
     assert_equal(actual, expected)
     assert not backward._waiting
+    checks.assert_moves(model, (tokens(),), called=call)
 
 
 def test_hooks_for_all_modules():
@@ -453,6 +454,7 @@ def test_hooks_for_all_modules():
         _, actual = seen_by(lambda: results(model, model))
     assert len(expected) == 2 * 7
     assert_equal(actual, expected)
+    checks.assert_moves(model, (tokens(),))
 
 
 @CHANGEABLE
@@ -470,6 +472,7 @@ def test_calls_whose_backward_comes_late_or_twice_or_in_part(called):
     assert_equal(first, [*(2 * t for t in once), *once])
     torch.autograd.grad(call(x).sum(), [model.p.a.weight])  # past the hook's second half
     assert not backward._waiting
+    checks.assert_moves(model, (tokens(),), called=call)
 
 
 def test_a_hook_removed_between_forward_and_backward_is_an_error():
