@@ -1,5 +1,13 @@
 """mhc_compile: turn any residual PyTorch model into an mHC model (arXiv:2512.24880)."""
 
+import torch
+
+from . import versions
+
+# Before the other imports: one of them may fail for want of a name that a newer torch has not.
+versions.warn_of_untested(torch.__version__)
+
+# ruff: noqa: E402
 from .check import Check, check
 from .config import Config
 from .explain import Explanation, explain

@@ -1,7 +1,7 @@
-"""Every private torch name that the project uses, in one place, with the versions it was seen in.
+"""Every private torch name that the project uses, in one place.
 
-Checked on torch 2.13; the names and formats are the same in the sources of 2.11 and 2.12 unless
-a comment says otherwise.
+They are the same in all versions of ``versions.TORCH`` unless a comment says otherwise;
+tests/test_torch.py looks up each of them and calls each function.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnaly
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import default_partition
-from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch._inductor import custom_graph_pass, list_mode_options
 from torch._inductor.compile_fx import compile_fx
+from torch._library.effects import EffectType
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -34,7 +34,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -97,8 +96,7 @@ RECOMPILE_LIMIT = 256
 
 def register_effectful(operator: torch._ops.OpOverload) -> None:
     """Keep calls of an operator without result in every graph, and in order."""
-    _register_effectful_op(operator, _EffectType.ORDERED)
-    has_side_effect(operator)
+    torch.library._register_effectful_op(operator, EffectType.ORDERED)
 
 
 def compile_dynamo(
