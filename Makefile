@@ -8,11 +8,13 @@ SEED   := $(or $(SEED),$(shell date +%s))
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup demo test lint zoo fuzz mutants bench speed kernels-table clean
+.PHONY: help setup demo test newest versions lint zoo fuzz mutants bench speed kernels-table clean
 
 help:
 	@echo "make demo      a small language model, plain and mHC side by side"
 	@echo "make test      lint, types, tests"
+	@echo "make newest    a core of the tests on the newest torch and transformers that pip finds"
+	@echo "make versions  the tests on every supported version; takes hours, can be interrupted"
 	@echo "make lint      ruff and mypy only"
 	@echo "make zoo       every model: with every selection of passes, and under Inductor"
 	@echo "make fuzz      new random residual programs for some minutes (MINUTES=$(MINUTES)), or N=… of them;"
@@ -42,6 +44,13 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -n 2 --durations=15
 
+# These two make environments of their own, below .versions, and remove them.
+newest:
+	$(PYTHON) benchmarks/versions.py --newest
+
+versions:
+	$(PYTHON) benchmarks/versions.py
+
 zoo: $(STAMP)
 	MHC_ZOO=all $(BIN)/python -m pytest -n 2 --timeout 0 tests/zoo
 	$(BIN)/python benchmarks/zoo.py
@@ -66,4 +75,4 @@ kernels-table: $(STAMP)
 	$(BIN)/python benchmarks/traffic.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .versions build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,8 @@
-"""Shared by all tests: offline, few threads, a fixed seed; `--order-seed` shuffles them."""
+"""Shared by all tests: offline, few threads, a fixed seed, the core; `--order-seed` shuffles them."""
 
 import os
 import random
+from pathlib import Path
 
 # Before transformers is imported anywhere: no test may look for a model on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +13,23 @@ import torch
 # pytest-xdist runs several processes: one thread each unless told otherwise.
 torch.set_num_threads(int(os.environ.get("MHC_TEST_THREADS", "1")))
 
+TESTS = Path(__file__).resolve().parent
+NOT_CORE = (
+    *("fuzz", "zoo", "kernels", "mutations.py", "test_mutations.py", "test_scale.py"),
+    *("test_layers.py", "test_comparisons.py", "test_packaging.py", "test_retrofit.py"),
+)
+CORE = ("kernels/test_eager.py", "kernels/test_ops.py", "kernels/test_post_res.py")
+"""`pytest -m core`, which `make newest` and `make versions` run, is all but NOT_CORE, and CORE: a
+few minutes of everything that depends on the versions of torch, triton and transformers. A new file
+belongs to it unless it is named here."""
+
+
+def is_core(file: Path) -> bool:
+    def within(names: tuple[str, ...]) -> bool:
+        return any(file.is_relative_to(TESTS / name) for name in names)
+
+    return within(CORE) or not within(NOT_CORE)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -21,6 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """No test may depend on those before it. Every process of pytest-xdist shuffles alike."""
+    for item in items:
+        if is_core(item.path):
+            item.add_marker(pytest.mark.core)
     number = config.getoption("order_seed")
     if number is not None:
         random.Random(number).shuffle(items)

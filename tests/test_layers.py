@@ -157,7 +157,15 @@ def test_the_lower_floors_are_linked_namespace_folders(floor):
 def test_the_repository_stands_alone():
     """No file refers to the folder that happens to lie beside the author's checkout."""
     neighbour = "../" + "shared"
-    skipped = {".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", "__pycache__"}
+    skipped = {
+        ".git",
+        ".venv",
+        ".versions",
+        ".mypy_cache",
+        ".ruff_cache",
+        ".pytest_cache",
+        "__pycache__",
+    }
     suffixes = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".cfg", ".in", ""}
     found = []
     for folder, folders, names in os.walk(ROOT):
