@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "mhc_compile" / "_torch.py"
 SOURCE = FILE.read_text(encoding="utf-8")
-OWN = re.findall(r"^(?:def|class) (_\w+)", SOURCE, re.MULTILINE)
+OWN = re.findall(r"^(?:def |class )?(_[a-zA-Z]\w*)(?= = |\(|:)", SOURCE, re.MULTILINE)
 HERE = Path(__file__).name
 
 
@@ -71,11 +71,11 @@ OWNERS: dict[str, Callable[[], Any]] = {
 # ------------------------------------------------------------------------------------------ names
 
 
-def names_in(source: str) -> dict[str, int]:
+def names_in(source: str, strings: bool = True) -> dict[str, int]:
     """Names of a source that torch must have, with their lines.
 
     They are dotted (`torch.a.b`): imported ones and chains of attributes from `torch`. Private
-    attributes of something else come as `.name`.
+    attributes of something else come as `.name`; with `strings`, those that a string names too.
     """
     found: dict[str, int] = {}
     tree = ast.parse(source)
@@ -87,6 +87,8 @@ def names_in(source: str) -> dict[str, int]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Attribute):
             names = list(_names_of(node, whole=id(node) not in inner))
+        elif strings and isinstance(node, ast.Constant) and is_private(str(node.value)):
+            names = [f".{node.value}"]
         else:
             continue
         for name in names:
@@ -105,7 +107,7 @@ def _names_of(node: ast.Attribute, whole: bool) -> Iterator[str]:
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__")
+    return re.fullmatch(r"_[a-zA-Z]\w*", name) is not None
 
 
 def missing_in(source: str) -> list[str]:
@@ -135,16 +137,18 @@ def stands(name: str) -> bool:
 
 
 def private_identifiers(source: str) -> set[str]:
-    """The private names in the code of a source, strings and comments left out."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {t.string for t in tokens if t.type == tokenize.NAME and is_private(t.string)}
+    """The private names in the code of a source, comments left out."""
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    names = {t.string for t in tokens if t.type == tokenize.NAME}
+    names |= {t.string.strip("\"'") for t in tokens if t.type == tokenize.STRING}
+    return {name for name in names if is_private(name)}
 
 
 def test_every_name_is_there():
     assert not (gone := missing_in(SOURCE)), "_torch.py:\n" + "\n".join(gone)
 
 
-@pytest.mark.parametrize("name", sorted(private_identifiers(SOURCE) - {"_", *OWN}))
+@pytest.mark.parametrize("name", sorted(private_identifiers(SOURCE) - {*OWN}))
 def test_a_name_that_has_gone_is_noticed(name):
     gone = missing_in(re.sub(rf"\b{name}\b", f"{name}_of_yesterday", SOURCE))
     assert gone
@@ -160,7 +164,7 @@ def test_every_private_name_outside_is_there():
         for file in sorted((ROOT / floor).rglob("*.py")):
             text = file.read_text(encoding="utf-8")
             own = re.findall(r"\bdef (_\w+)", text) if file != FILE else OWN
-            for name, line in names_in(text).items():
+            for name, line in names_in(text, strings=file == FILE).items():
                 if name[0] == "." and name[1:] not in own:
                     found.append((name[1:], f"{file.relative_to(ROOT).as_posix()}:{line}"))
     assert "_rename" in dict(found)
@@ -362,6 +366,45 @@ def test_calling_module(own):
         call(torch.ones(1))
     assert [id(m) for m in found] == [id(first), id(second), id(outer[0])]
     assert own.calling_module() is None
+
+
+def test_innermost_module(own):
+    """Where a graph breaks, the rest of the frame is captured while its module is on the stack."""
+    found: list[Any] = []
+
+    def backend(gm, example_inputs):
+        found.append(own.innermost_module())
+        return gm.forward
+
+    class Breaking(Doubler):
+        def forward(self, x):
+            x = x + 1
+            torch._dynamo.graph_break()
+            return 2 * x
+
+    whole = nn.Sequential(Doubler(), Breaking())
+    torch.compile(whole, backend=backend)(torch.ones(1))
+    assert found[-1] is whole[1]
+    found.clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(first := Doubler(), backend=backend)
+    compiled(torch.ones(1))
+    assert found == [first]
+    assert own.innermost_module() is None
+
+
+def test_is_functorch_active(own):
+    answers: list[bool] = []
+
+    def asking(x):
+        answers.append(own.is_functorch_active())
+        return (x * x).sum()
+
+    asking(torch.ones(2))
+    torch.func.grad(asking)(torch.ones(2))
+    torch.func.vmap(asking)(torch.ones(2, 2))
+    asking(torch.ones(2))
+    assert answers == [False, True, True, False]
 
 
 def test_is_listing_parameters(own):
