@@ -105,7 +105,11 @@ def one_process():
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(
-    "wrap", [lambda m: torch.compile(m, backend="eager"), nn.parallel.DistributedDataParallel]
+    "wrap",
+    [
+        lambda m: torch.compile(m, backend="eager"),
+        lambda m: nn.parallel.DistributedDataParallel(m, init_sync=False),
+    ],
 )
 def test_a_wrapped_model_is_saved_under_its_own_names(wrap, tmp_path):
     model = transformed(Model())
