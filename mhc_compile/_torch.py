@@ -100,12 +100,22 @@ def register_effectful(operator: torch._ops.OpOverload) -> None:
 
 
 def compile_dynamo(
-    function: Callable[..., Any], backend: Callable[..., Any], *, dynamic: bool | None = None
+    function: Callable[..., Any],
+    backend: Callable[..., Any],
+    *,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
 ) -> Callable[..., Any]:
-    """``torch.compile`` with a cache of its own: instances share neither limit nor graphs."""
-    if not own_cache() and isinstance(function, types.MethodType):
+    """``torch.compile`` with a cache of its own: instances share neither limit nor graphs.
+
+    Nor does it matter where others broke: Dynamo no longer looks at code of which it once found
+    that it cannot be captured.
+    """
+    if isinstance(function, types.MethodType):
         function = _with_own_code(function)
-    return torch.compile(function, backend=backend, dynamic=dynamic, **own_cache())
+    return torch.compile(
+        function, backend=backend, dynamic=dynamic, fullgraph=fullgraph, **own_cache()
+    )
 
 
 def _with_own_code(method: types.MethodType) -> types.MethodType:
@@ -125,7 +135,7 @@ def own_cache() -> dict[str, Any]:
     """Arguments of ``torch.compile`` for a cache of its own.
 
     They are public in 2.13; where they do not exist yet, ``dynamo_settings`` raises the global
-    limit around the call.
+    limit around the call, and ``compile_dynamo`` gives methods code of their own.
     """
     known = inspect.signature(torch.compile).parameters
     wanted = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}

@@ -136,7 +136,8 @@ def first_break(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     mode = _fake_mode(args, kwargs)
     with _unchanged(model), _torch.dynamo_settings(), torch.enable_grad(), mode:
         args, kwargs = pytree.tree_map_only(Tensor, _fake(mode, model), (args, dict(kwargs)))
-        whole = torch.compile(model, backend=lambda gm, _: gm.forward, fullgraph=True)
+        # Not the module itself: its code is passed over where an earlier compilation broke.
+        whole = _torch.compile_dynamo(model.forward, lambda gm, _: gm.forward, fullgraph=True)
         try:
             whole(*args, **kwargs)
         except Exception as error:
