@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -50,6 +51,7 @@ __all__ = [
     "break_reason",
     "call_graph_pass",
     "calling_module",
+    "check_lookups",
     "compile_dynamo",
     "compile_inductor",
     "dynamo_settings",
@@ -257,6 +259,18 @@ def _float_of_module(node: fx.Node) -> str | None:
     # As a number that a guard has made of it would not tell.
     name = getattr(symbol.node._expr, "name", None)
     return name if source.guard_source.is_unspecialized_nn_module() else None
+
+
+def check_lookups(graph: fx.Graph) -> None:
+    """Raise what embeddings raise for indices that are not integers.
+
+    Fake tensors of torch 2.11 let them pass; in later ones the trace itself has raised.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.nn.functional.embedding):
+        indices = node.args[0] if node.args else node.kwargs["input"]
+        dtype = indices.meta["example_value"].dtype
+        with unset_fake_temporarily(), torch.device("cpu"):
+            torch.nn.functional.embedding(torch.empty(0, dtype=dtype), torch.empty(1, 1))
 
 
 def is_cut_for_ddp(gm: fx.GraphModule) -> bool:

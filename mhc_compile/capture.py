@@ -95,6 +95,7 @@ def capture(
         ran = False
 
         def run(*inputs: Any) -> list[Any]:
+            _torch.check_lookups(copied.graph)
             # Behind a graph break one graph may run for several modules of one class.
             nonlocal ran
             results = pytree.tree_map_only(Tensor, Tensor.clone, outputs) if ran else outputs

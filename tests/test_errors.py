@@ -225,6 +225,14 @@ def test_a_graph_break_inside_a_stream_is_located(make):
         mhc_compile.transform(model, example_inputs=(ids(),))
 
 
+def test_a_break_is_located_where_an_earlier_compilation_met_it():
+    """Dynamo passes over code that it once could not capture."""
+    model = Break()
+    torch.compile(model, backend="eager")(ids())
+    with pytest.raises(GraphBreakError, match=rf"inside a residual stream.*at {HERE}:\d+ \("):
+        mhc_compile.transform(model, example_inputs=(ids(),))
+
+
 class Item(Broken):
     def between(self, x, layer):
         return x if x.sum().item() > 0 else 2 * x

@@ -305,6 +305,18 @@ def test_break_reason(own):
     assert second is None
 
 
+def test_check_lookups(own):
+    graph = fx.Graph()
+    ids, weight = graph.placeholder("ids"), graph.placeholder("weight")
+    ids.meta["example_value"] = torch.ones(2, dtype=torch.int64)
+    graph.call_function(torch.nn.functional.embedding, (ids, weight))
+    graph.call_function(torch.nn.functional.embedding, (), {"input": ids, "weight": weight})
+    own.check_lookups(graph)
+    ids.meta["example_value"] = torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"Expected tensor for argument.*Long, Int"):
+        own.check_lookups(graph)
+
+
 def test_user_frame(own):
     def fails():
         nn.Linear(2, 2)(torch.ones(3))
