@@ -5,11 +5,13 @@ Example values are computed on the fake tensors that the capture left behind.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import fx
 
+from . import _torch
 from .operators import dtype_of, value_of
 
 __all__ = ["INHERITED", "Writer", "set_example_value"]
@@ -50,7 +52,9 @@ def set_example_value(node: fx.Node) -> None:
     values = [value_of(n) for n in node.all_input_nodes]
     mode = next((v.fake_mode for v in _tensors(values) if hasattr(v, "fake_mode")), None)
     args, kwargs = fx.map_arg((node.args, node.kwargs), _value)
-    with torch.no_grad(), mode if mode is not None else torch.no_grad():
+    # With the decompositions in Python, as Dynamo has it: the one of matmul in C++ asks symbolic
+    # sizes for a number (torch 2.11).
+    with torch.no_grad(), _torch.enable_python_dispatcher(), mode or nullcontext():
         if isinstance(node.target, str):
             node.meta["example_value"] = getattr(args[0], node.target)(*args[1:], **kwargs)
         else:

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "mhc_compile" / "_torch.py"
+PASSES = ROOT / "passes" / "_torch.py"
 SOURCE = FILE.read_text(encoding="utf-8")
 OWN = re.findall(r"^(?:def |class )?(_[a-zA-Z]\w*)(?= = |\(|:)", SOURCE, re.MULTILINE)
 HERE = Path(__file__).name
@@ -146,8 +147,10 @@ def private_identifiers(source: str) -> set[str]:
     return {name for name in names if is_private(name)}
 
 
-def test_every_name_is_there():
-    assert not (gone := missing_in(SOURCE)), "_torch.py:\n" + "\n".join(gone)
+@pytest.mark.parametrize("file", [FILE, PASSES], ids=["mhc_compile", "passes"])
+def test_every_name_is_there(file):
+    gone = missing_in(file.read_text(encoding="utf-8"))
+    assert not gone, "\n".join([f"{file}:", *gone])
 
 
 @pytest.mark.parametrize("name", sorted(private_identifiers(SOURCE) - {*OWN}))
