@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +71,7 @@ OWNERS: dict[str, Callable[[], Any]] = {
     "a compiled module": lambda: torch.compile(nn.Identity()),
     "a module in DDP": a_ddp_module,
     "a node": lambda: fx.Node,
+    "a number of Dynamo": lambda: SymNode(sympy.Float(0.5), ShapeEnv(), float, 0.5),
 }
 
 
@@ -306,6 +310,73 @@ def test_break_reason(own):
     first, second = (own.break_reason(gm) for gm in recorder.graphs)
     assert BREAK in first
     assert second is None
+
+
+def test_exceptions_met(own):
+    def raising(x):
+        raise ValueError("an odd number of streams")
+
+    before = own.exceptions_met()
+    with pytest.raises(ValueError, match="an odd number"):
+        torch.compile(raising, backend="eager")(torch.ones(1))
+    new = {text for text, count in own.exceptions_met().items() if count > before.get(text, 0)}
+    assert [text for text in new if "ValueError" in text]
+
+
+def test_break_around(own):
+    """A function with a break inside a loop runs by itself; what it calls is captured."""
+    found: list[Any] = []
+
+    def backend(gm, example_inputs):
+        found.append(own.break_around())
+        return gm.forward
+
+    def part(x):
+        return x + 1
+
+    def looping(x):
+        x = 2 * x
+        for _ in range(2):
+            print(end="")
+            x = part(x)
+        return x
+
+    torch.compile(looping, backend=backend)(torch.ones(1))
+    line = looping.__code__.co_firstlineno + 3
+    assert found
+    assert all(f"{HERE}:{line} " in where for where in found)
+    assert own.break_around() is None
+
+
+def test_require_constant_floats(own):
+    recorder = Recorder()
+
+    def backend(gm, example_inputs):
+        own.require_constant_floats(gm)
+        return recorder(gm, example_inputs)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = 0.3
+
+        def forward(self, x):
+            return x * self.scale
+
+    call = torch.compile(Scaled(), backend=backend, dynamic=True)
+    torch.testing.assert_close(call(torch.ones(5)), torch.full((5,), 0.3))
+    (gm,) = recorder.graphs
+    (product,) = (n for n in gm.graph.nodes if n.name == "mul")
+    assert product.args[1] == 0.3
+
+
+def test_unwrapped(own):
+    module = Doubler()
+    module.weight = nn.Parameter(torch.ones(1))
+    with one_process():
+        wrapped = torch.compile(a_ddp_module(module))
+        assert own.unwrapped(wrapped) is own.unwrapped(nn.DataParallel(module)) is module
+        del wrapped
 
 
 def test_check_lookups(own):
