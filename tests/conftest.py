@@ -1,4 +1,4 @@
-"""Shared by all tests: offline, few threads, a fixed seed, the core; `--order-seed` shuffles them."""
+"""Shared by all tests: offline, few threads, a fixed seed, the core, `--order-seed`."""
 
 import os
 import random
