@@ -1,4 +1,4 @@
-"""Shared by all tests: offline, few threads, a fixed seed; `--order-seed` shuffles them."""
+"""Shared by all tests: offline, few threads, a fixed seed, the core, `--order-seed`."""
 
 import os
 import random
@@ -13,17 +13,22 @@ import torch
 # pytest-xdist runs several processes: one thread each unless told otherwise.
 torch.set_num_threads(int(os.environ.get("MHC_TEST_THREADS", "1")))
 
-ROOT = Path(__file__).resolve().parent.parent
-CORE = tuple(
-    """
-    test_torch.py test_versions.py test_config.py test_backend.py test_errors.py test_report.py
-    test_ownership.py test_guard.py test_hooks.py test_check.py test_persistence.py
-    test_partitioned.py test_graph_modules.py test_recognize.py test_huggingface.py test_modes.py
-    passes kernels/test_eager.py kernels/test_ops.py
-    """.split()
+TESTS = Path(__file__).resolve().parent
+NOT_CORE = (
+    *("fuzz", "zoo", "kernels", "mutations.py", "test_mutations.py", "test_scale.py"),
+    *("test_layers.py", "test_comparisons.py", "test_packaging.py", "test_retrofit.py"),
 )
-"""The files of `pytest -m core`, which `make newest` and `make versions` run: what depends on the
-versions of torch and transformers, in five minutes on two cores."""
+CORE = ("kernels/test_eager.py", "kernels/test_ops.py", "kernels/test_post_res.py")
+"""`pytest -m core`, which `make newest` and `make versions` run, is all but NOT_CORE, and CORE: a
+few minutes of everything that depends on the versions of torch, triton and transformers. A new file
+belongs to it unless it is named here."""
+
+
+def is_core(file: Path) -> bool:
+    def within(names: tuple[str, ...]) -> bool:
+        return any(file.is_relative_to(TESTS / name) for name in names)
+
+    return within(CORE) or not within(NOT_CORE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,12 +38,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the core; shuffle: no test may depend on those before it."""
+    """No test may depend on those before it. Every process of pytest-xdist shuffles alike."""
     for item in items:
-        if any(item.path.is_relative_to(ROOT / "tests" / name) for name in CORE):
+        if is_core(item.path):
             item.add_marker(pytest.mark.core)
     number = config.getoption("order_seed")
-    if number is not None:  # every process of pytest-xdist shuffles alike
+    if number is not None:
         random.Random(number).shuffle(items)
 
 

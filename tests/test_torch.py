@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,8 +71,7 @@ OWNERS: dict[str, Callable[[], Any]] = {
     "a compiled module": lambda: torch.compile(nn.Identity()),
     "a module in DDP": a_ddp_module,
     "a node": lambda: fx.Node,
-    "the room of nn.Module": lambda: torch.nn.modules.module,
-    "a symbolic number": lambda: SymNode(sympy.Symbol("s"), None, float, 1.0),
+    "a number of Dynamo": lambda: SymNode(sympy.Float(0.5), ShapeEnv(), float, 0.5),
 }
 
 
@@ -312,6 +312,61 @@ def test_break_reason(own):
     assert second is None
 
 
+def test_exceptions_met(own):
+    def raising(x):
+        raise ValueError("an odd number of streams")
+
+    before = own.exceptions_met()
+    with pytest.raises(ValueError, match="an odd number"):
+        torch.compile(raising, backend="eager")(torch.ones(1))
+    new = {text for text, count in own.exceptions_met().items() if count > before.get(text, 0)}
+    assert [text for text in new if "ValueError" in text]
+
+
+def test_break_around(own):
+    """What follows a break is captured while the function that has it still runs."""
+    found: list[Any] = []
+
+    def backend(gm, example_inputs):
+        found.append(own.break_around())
+        return gm.forward
+
+    torch.compile(breaking, backend=backend)(torch.ones(1))
+    assert BREAK in found[-1]
+    assert own.break_around() is None
+
+
+def test_require_constant_floats(own):
+    recorder = Recorder()
+
+    def backend(gm, example_inputs):
+        own.require_constant_floats(gm)
+        return recorder(gm, example_inputs)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = 0.3
+
+        def forward(self, x):
+            return x * self.scale
+
+    call = torch.compile(Scaled(), backend=backend, dynamic=True)
+    torch.testing.assert_close(call(torch.ones(5)), torch.full((5,), 0.3))
+    (gm,) = recorder.graphs
+    (product,) = (n for n in gm.graph.nodes if n.name == "mul")
+    assert product.args[1] == 0.3
+
+
+def test_unwrapped(own):
+    module = Doubler()
+    module.weight = nn.Parameter(torch.ones(1))
+    with one_process():
+        wrapped = torch.compile(a_ddp_module(module))
+        assert own.unwrapped(wrapped) is own.unwrapped(nn.DataParallel(module)) is module
+        del wrapped
+
+
 def test_check_lookups(own):
     graph = fx.Graph()
     ids, weight = graph.placeholder("ids"), graph.placeholder("weight")
@@ -412,79 +467,6 @@ def test_innermost_module(own):
     compiled(torch.ones(1))
     assert found == [first]
     assert own.innermost_module() is None
-
-
-def test_exceptions_met(own):
-    torch._dynamo.utils.counters.clear()
-
-    class Refusing(nn.Module):
-        def forward(self, x):
-            raise ValueError("not this one")
-
-    assert own.exceptions_met() == {}
-    with pytest.raises(ValueError, match="not this one"):
-        torch.compile(Refusing(), backend="eager")(torch.ones(1))
-    ((met, count),) = own.exceptions_met().items()
-    assert "ValueError" in met and "not this one" in met and count >= 1
-
-
-def test_break_around(own):
-    found: list[str | None] = []
-
-    def backend(gm, example_inputs):
-        found.append(own.break_around())
-        return gm.forward
-
-    class Breaking(nn.Module):
-        """A break inside a loop: Dynamo leaves the frame, and captures what it calls."""
-
-        def forward(self, x):
-            for _ in range(2):
-                if torch.rand([]) >= 0:
-                    x = double(x)
-            return x
-
-    torch.compile(lambda x: double(x), backend=backend)(torch.ones(1))
-    assert found == [None]
-    torch._dynamo.reset()
-    torch.compile(nn.Sequential(Doubler(), Breaking()), backend=backend)(torch.ones(1))
-    assert found[-1] is not None and HERE in found[-1]
-    assert own.break_around() is None
-
-
-def double(x):
-    return 2 * x
-
-
-def test_require_constant_floats(own):
-    constants: list[bool] = []
-
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = 0.5
-
-        def forward(self, x, by):
-            return x * self.scale + by
-
-    def backend(gm, example_inputs):
-        own.require_constant_floats(gm)
-        names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
-        constants.append(not any("scale" in name for name in names))
-        assert any("by" in name for name in names)  # an argument stays an input
-        return gm.forward
-
-    compiled = torch.compile(Scaled(), backend=backend, dynamic=True)
-    assert compiled(torch.ones(2), 0.25).equal(torch.full((2,), 0.75))
-    assert constants[-1]
-
-
-def test_unwrapped(own):
-    inner = nn.Linear(2, 2)
-    with one_process():
-        assert own.unwrapped(a_ddp_module(inner)) is inner
-    compiled = torch.compile(nn.DataParallel(inner), backend="eager")
-    assert own.unwrapped(compiled) is inner and own.unwrapped(inner) is inner
 
 
 def test_is_functorch_active(own):

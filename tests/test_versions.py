@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from benchmarks import versions as script
 from mhc_compile import versions
 
-from .conftest import CORE
+from .conftest import CORE, NOT_CORE, is_core
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -71,8 +71,11 @@ def test_the_pinned_versions_are_among_them():
     assert script.PINS["transformers"] in versions.TRANSFORMERS
 
 
-def test_the_core_is_there():
-    assert [name for name in CORE if not (ROOT / "tests" / name).exists()] == []
+def test_the_core_is_all_but_what_is_named():
+    tests = ROOT / "tests"
+    assert [name for name in (*CORE, *NOT_CORE) if not (tests / name).exists()] == []
+    assert all(is_core(tests / name) for name in ("test_torch.py", "test_of_tomorrow.py", *CORE))
+    assert not any(is_core(tests / name) for name in ("zoo/test_zoo.py", "kernels/test_cpu.py"))
 
 
 # -------------------------------------------------------------------------------- make versions
