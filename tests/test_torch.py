@@ -71,6 +71,7 @@ OWNERS: dict[str, Callable[[], Any]] = {
     "a compiled module": lambda: torch.compile(nn.Identity()),
     "a module in DDP": a_ddp_module,
     "a node": lambda: fx.Node,
+    "the room of nn.Module": lambda: torch.nn.modules.module,
     "a number of Dynamo": lambda: SymNode(sympy.Float(0.5), ShapeEnv(), float, 0.5),
 }
 
@@ -637,3 +638,88 @@ def test_is_backward(own):
     assert not own.is_backward(graph)
     graph.placeholder("tangents_1")
     assert own.is_backward(graph)
+
+
+# ------------------------------------------------------------------------------------------- hooks
+
+
+def ignored(*_: Any) -> None:
+    """A hook of any kind."""
+
+
+def test_hooks_on(own):
+    module = nn.Linear(2, 2)
+    assert not any(own.hooks_on(module).values())
+    module.register_forward_pre_hook(ignored)
+    module.register_forward_hook(ignored)
+    module.register_full_backward_pre_hook(ignored)
+    module.register_full_backward_hook(ignored)
+    kinds = ["forward pre-hook", "forward hook", "backward pre-hook", "backward hook"]
+    assert own.hooks_on(module) == {kind: [ignored] for kind in kinds}
+
+
+def test_backward_hooks(own):
+    module = nn.Linear(2, 2)
+    assert own.backward_hooks(module) == {}
+    everywhere = nn.modules.module.register_module_full_backward_hook(print)
+    module.register_full_backward_hook(ignored)
+    try:
+        assert list(own.backward_hooks(module).values()) == [print, ignored]
+    finally:
+        everywhere.remove()
+    assert list(own.backward_hooks(module).values()) == [ignored]
+
+
+def test_backward_pre_hooks(own):
+    module = nn.Linear(2, 2)
+    assert own.backward_pre_hooks(module) == {}
+    everywhere = nn.modules.module.register_module_full_backward_pre_hook(print)
+    module.register_full_backward_pre_hook(ignored)
+    try:
+        assert list(own.backward_pre_hooks(module).values()) == [print, ignored]
+    finally:
+        everywhere.remove()
+
+
+def test_backward_hooks_of(own):
+    module = nn.Linear(2, 2)
+    assert own.backward_hooks_of(module) == ("", "")
+    handles = [module.register_full_backward_hook(ignored) for _ in range(2)]
+    pre = module.register_full_backward_pre_hook(ignored)
+    expected = " ".join(str(handle.id) for handle in handles), str(pre.id)
+    assert own.backward_hooks_of(module) == expected
+    found = own.backward_hooks(module), own.backward_pre_hooks(module)
+    assert tuple(" ".join(map(str, hooks)) for hooks in found) == expected
+
+
+def test_set_backward_hook(own):
+    room, made = nn.modules.module, []
+    original = room.BackwardHook
+
+    def make(module, *args):
+        made.append(module)
+        return original(module, *args)
+
+    module = nn.Linear(2, 2)
+    module.register_full_backward_hook(ignored)
+    own.set_backward_hook(make)
+    try:
+        module(torch.ones(1, 2))
+    finally:
+        own.set_backward_hook(original)
+    assert made == [module] and room.BackwardHook is own.BackwardHook
+
+
+def test_at_end_of_backward(own):
+    events: list[str] = []
+
+    def hook(gradient):
+        own.at_end_of_backward(lambda: events.append("end"))
+        events.append("hook")
+
+    x = torch.ones(2, requires_grad=True)
+    y = 2 * x
+    y.register_hook(hook)
+    x.register_hook(lambda gradient: events.append("last"))
+    y.sum().backward()
+    assert events == ["hook", "last", "end"]
