@@ -455,10 +455,10 @@ def test_hooks_for_all_modules():
     assert_equal(actual, expected)
 
 
+# Of a compiled graph torch allows no second backward otherwise, hooks or none.
+@torch._functorch.config.patch(donated_buffer=False)
 @CHANGEABLE
-def test_calls_whose_backward_comes_late_or_twice_or_in_part(called, monkeypatch):
-    # Of a compiled graph torch allows no second backward otherwise, hooks or none.
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)
+def test_calls_whose_backward_comes_late_or_twice_or_in_part(called):
     _, model = made()
     call = called(model)
     register(model.p.a, reads_gradients)
