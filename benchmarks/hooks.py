@@ -7,9 +7,8 @@ dictionaries of hooks; and without comparing forwards as well. The difference of
 of the differences in the same turn, in microseconds of the processor and as a share of the median
 step. A step is forward and backward, a call a forward without gradients.
 
-One core of a busy Xeon: the guards cost nothing that can be told from noise (-0.7 to +0.5 % in
-four settings), comparing forwards 20 to 130 us of a call of two layers (0.7 and 1.6 %) and 0.2 and
-1.5 % of one of twelve.
+On two cores shared with other work (load 10), so only a bound: in four settings the guards differ
+from none by -0.7 to +0.5 %, which is noise, and comparing forwards costs +0.2 to +1.6 %.
 """
 
 from __future__ import annotations
