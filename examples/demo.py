@@ -78,6 +78,11 @@ def main(steps: int) -> None:
     heading("The same function at the start: loss and gradients of one batch")
     compare(plain, model, batch)
 
+    heading("mhc_compile.check(model): what equality at the start cannot show")
+    report = mhc_compile.check(model, input_ids=batch, labels=batch)
+    console.print(str(report), markup=False, soft_wrap=True)
+    report.raise_for_problems()
+
     heading(f"mhc_compile.graphs(model)[0].after.code, the part of {SHOWN}, names shortened")
     graph = mhc_compile.graphs(model)[0]
     console.print(Syntax(block(graph, SHOWN), "python", background_color="default", word_wrap=True))
