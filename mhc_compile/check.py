@@ -366,33 +366,42 @@ def _named(names: Sequence[str]) -> str:
 def _sites(model: nn.Module) -> list[_Site]:
     """All sites of a model, and readouts, each once."""
     found: dict[int, _Site] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, Connections):
-            continue
-        owner = path.rpartition(".")[0]
-        for key, part in module._modules.items():
-            if isinstance(part, StreamParameters):
-                name = f"{owner}.{key}" if owner else key
-                found.setdefault(id(part), _Site(name, part, frozenset()))
-    first = {id(part) for part in _first_of_chains(model)}
+    chains: dict[int, list[Connection]] = {}
+    for path, owner in model.named_modules():
+        held = _held_by(owner)
+        for key, part in held.items():
+            name = f"{path}.{key}" if path else key
+            found.setdefault(id(part), _Site(name, part, frozenset()))
+        chain_of = _chains_of(owner) if held else {}
+        for key, number in chain_of.items():
+            part = held[key]
+            assert isinstance(part, Connection)
+            chains.setdefault(number, []).append(part)
+    # An excluded add has no parameters, and lets equal streams be equal: the next one is the first.
+    first = {id(m) for c in chains.values() for m in c if m.index == min(m.index for m in c)}
     idle = frozenset(f"{leaf}_res" for leaf in LEAVES)
     return [replace(s, idle=idle) if id(s.module) in first else s for s in found.values()]
 
 
-def _first_of_chains(model: nn.Module) -> Iterator[nn.Module]:
-    """The first connection of each chain; an excluded add has none, and changes no stream."""
-    chains: dict[int, list[Connection]] = {}
-    for module in model.modules():
-        if not swap.is_swapped(module) or "mhc" not in module._modules:
-            continue
-        spec = Spec.from_json(module.__dict__[swap.SPEC])
-        container = module._modules["mhc"]
-        for site in spec.sites:
-            if site.tensors:
-                chains.setdefault(site.chain, []).append(container[site.name])  # type: ignore[index]
-    for members in chains.values():
-        first = min(m.index for m in members)
-        yield from (m for m in members if m.index == first)
+def _held_by(owner: nn.Module) -> dict[str, StreamParameters]:
+    """The parameter modules of an owner by name; of PEFT's copies the one that is trained."""
+    container = owner._modules.get("mhc") if swap.is_swapped(owner) else None
+    copies: dict[str, list[StreamParameters]] = {}
+    for module in container.modules() if container is not None else ():
+        if isinstance(module, Connections):
+            for key, part in module._modules.items():
+                if isinstance(part, StreamParameters):
+                    copies.setdefault(key, []).append(part)
+    return {
+        key: next((c for c in found if all(p.requires_grad for p in c.parameters())), found[0])
+        for key, found in copies.items()
+    }
+
+
+def _chains_of(owner: nn.Module) -> dict[str, int]:
+    """The number of the chain of each connection of an owner."""
+    spec, names = Spec.from_json(owner.__dict__[swap.SPEC]), Connections()
+    return {names.key(site.name): site.chain for site in spec.sites if site.tensors}
 
 
 def _set_to_start(module: StreamParameters) -> None:

@@ -250,15 +250,16 @@ class Connections(nn.Module):
     """
 
     def __setitem__(self, branch: str, module: StreamParameters) -> None:
-        self.add_module(self._key(branch), module)
+        self.add_module(self.key(branch), module)
 
     def __getitem__(self, branch: str) -> nn.Module:
-        return self.get_submodule(self._key(branch))
+        return self.get_submodule(self.key(branch))
 
     def __contains__(self, branch: str) -> bool:
-        return self._key(branch) in self._modules
+        return self.key(branch) in self._modules
 
-    def _key(self, branch: str) -> str:
+    def key(self, branch: str) -> str:
+        """The attribute under which the parameters of a branch stand."""
         stem = branch.rstrip("_")
         taken = hasattr(type(self), stem) or stem in self.__dict__
         return f"{branch}_" if taken else branch

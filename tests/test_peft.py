@@ -203,3 +203,12 @@ def test_a_lost_site_is_noticed_behind_copies_as_well() -> None:
     layer.mhc.modules_to_save["default"].tensors = list  # declares nothing
     with pytest.raises(ChainBrokenError, match=r"model\.layers\.0\.(self_attn|mlp)"):
         output(wrapped)
+
+
+def test_check_looks_at_the_copies_that_are_trained() -> None:
+    found = mhc_compile.check(adapted(), **INPUTS)
+    assert found, str(found)
+    assert len(found.sites) == 2 * LAYERS
+    frozen = peft.get_peft_model(transformed(), lora())
+    (step,) = mhc_compile.check(frozen, **INPUTS).steps
+    assert "modules_to_save=['mhc']" in step.found
