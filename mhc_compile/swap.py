@@ -163,6 +163,8 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "_mhc_original": original,
+        # From the start: transformers wraps the forward of a subclass when it is made.
+        "forward": _declaring_forward(original, lambda: swapped),
         "_compiled_call_impl": _checked_call,
         "_replicate_for_data_parallel": _replicate,
         "compile": _compile,
@@ -175,11 +177,12 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
     namespace |= adapters.overrides(original)
     metaclass: Any = type(original)
     swapped: type[nn.Module] = metaclass(original.__name__, (original,), namespace)
-    swapped.forward = _declaring_forward(original, swapped)
     return swapped
 
 
-def _declaring_forward(original: type[nn.Module], swapped: type[nn.Module]) -> Callable[..., Any]:
+def _declaring_forward(
+    original: type[nn.Module], swapped: Callable[[], type[nn.Module]]
+) -> Callable[..., Any]:
     """The forward of a swapped class, around that of the original class as it is at the call.
 
     Traced, it says ``super()``: Dynamo cannot read an attribute of a class that was given to
@@ -195,7 +198,7 @@ def _declaring_forward(original: type[nn.Module], swapped: type[nn.Module]) -> C
         # Not `is_compiling`, which is true in every thread while one of them compiles.
         if torch.compiler.is_dynamo_compiling():
             declare(_declared_tensors(self), self._mhc_spec)
-            return super(swapped, self).forward(*args, **kwargs)  # type: ignore[misc]
+            return super(swapped(), self).forward(*args, **kwargs)  # type: ignore[misc]
         return _call_as_root(self, args, kwargs)
 
     return forward
@@ -256,7 +259,7 @@ def _require_own_forward(cls: type[nn.Module]) -> None:
 
 
 # Every such function shares its code; marks on a function are copied by functools.wraps.
-_DECLARING = _declaring_forward(nn.Module, nn.Module).__code__
+_DECLARING = _declaring_forward(nn.Module, lambda: nn.Module).__code__
 _ADOPTED = _adopted_forward(nn.Module.forward).__code__
 
 
