@@ -315,8 +315,16 @@ def run_newest(folder: Path, processes: int, keep: bool) -> bool:
     if free_disk(folder) < DISK:
         print("The newest torch is not tested: fewer than 12 GB of disk are free.")
         return True
-    start = time.perf_counter()
     environment = Environment(folder / "newest", sys.executable)
+    try:
+        return _is_fine_on_the_newest(environment, processes)
+    finally:
+        if not keep:
+            environment.remove()
+
+
+def _is_fine_on_the_newest(environment: Environment, processes: int) -> bool:
+    start = time.perf_counter()
     try:
         environment.install("torch")
     except InstallError as error:
@@ -324,17 +332,18 @@ def run_newest(folder: Path, processes: int, keep: bool) -> bool:
         return True
     try:
         environment.install("-e", ".[dev]", *MODELS)
+        environment.install("--no-deps", PRETRAINED)
     except InstallError as error:
         print(f"The newest versions cannot be installed together: {error}")
         return False
     seconds = time.perf_counter() - start
     found = {name: environment.version(name) for name in ("torch", "transformers", *MODELS)}
-    print(f"Installed in {seconds:.0f} s:", ", ".join(f"{k} {v}" for k, v in found.items()))
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
+    print(f"Installed in {seconds:.0f} s: {versions}", flush=True)
     passed, failed, _, names = environment.test("core", processes)
     print(*names, sep="\n")
-    print(f"newest: {passed} passed, {failed} failed", flush=True)
-    if not keep:
-        environment.remove()
+    seconds = time.perf_counter() - start
+    print(f"newest: {passed} passed, {failed} failed, {seconds / 60:.0f} minutes", flush=True)
     return not failed
 
 
