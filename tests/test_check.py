@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import mhc_compile
 from mhc_compile import _torch, guard, history, initial, swap
 from mhc_compile.declare import Spec
+from mhc_compile.passes import detect
 from mhc_compile.passes.errors import CheckError, NotTransformedError
 from mhc_compile.swap import SPEC
 from tests import checks
@@ -200,12 +201,13 @@ def test_a_model_that_computes_plain_residuals(monkeypatch):
 
 
 def test_one_site_that_is_not_n_stream(monkeypatch):
-    """Its block no longer declares it, and the guard is told to look away."""
+    """Its block no longer declares it, and both guards are told to look away."""
     model = pair()[1]
     owner = model.h[1]
     spec = Spec.from_json(owner.__dict__[SPEC])
     owner.__dict__[SPEC] = replace(spec, sites=spec.sites[:1]).to_json()
     monkeypatch.setattr(guard, "require_alive", lambda *_: None)
+    monkeypatch.setattr(detect._Detector, "_instead_of", lambda self, number: [])
     monkeypatch.setattr(history, "record", lambda *_: None)
     found = failing(mhc_compile.check(model, ids()))
     assert "has a gradient: 'h.1.mlp: phi_pre'" in found
@@ -213,7 +215,7 @@ def test_one_site_that_is_not_n_stream(monkeypatch):
 
 def test_a_start_that_is_another_function(monkeypatch):
     model = pair()[1]
-    halves = lambda n, index, spread: (torch.ones(n) / 2, torch.ones(n))  # noqa: E731
+    halves = lambda n, index, spread: (torch.ones(n) / n, torch.ones(n) / 2)  # noqa: E731
     monkeypatch.setattr(initial, "preserving", halves)
     assert "at the start equal to the plain model: Outputs differ by" in failing(
         mhc_compile.check(model, ids())
