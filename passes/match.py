@@ -9,10 +9,12 @@ Note [Matching by evaluation]
     is not compared with a pattern; it is run, and its values are compared with those of the oracle.
     This is sound because every operation of ``token_rules`` is a view or a composition of analytic
     functions, applied to each token alone. Two such functions that differ at all differ almost
-    everywhere, so agreement of float64 values to 1e-12 on random tokens means equality, in
-    derivatives as well. Clamps, branches, random numbers, ``detach``, and whatever looks at several
-    tokens have no rule: a region ends there. The largest of some values may be any number: the
-    results that agree do not depend on it.
+    everywhere, so agreement of float64 values on random tokens means equality, in derivatives as
+    well; agreement to 1e-12 does if they do not converge to each other. Sinkhorn-Knopp does, so how
+    often it iterates is told by a token on which it has not converged (``Oracle``). Clamps,
+    branches, random numbers, ``detach``, and whatever looks at several tokens have no rule: a
+    region ends there. The largest of some values may be any number: the results that agree do not
+    depend on it.
 """
 
 from __future__ import annotations

@@ -122,15 +122,32 @@ _OpOverload = type(torch.ops.aten.add.Tensor)
 _KIND_OF_NAME = {name: kind for kind, names in _KINDS.items() for name in names}
 
 
+_NAMESPACES = {"aten", "prims", "mhc"}
+_OURS = __name__.partition(".")[0]
+_PACKAGES = {"torch", "operator", "_operator", "builtins", "math", _OURS}
+
+
 def op_name(node: fx.Node) -> str:
-    """The operation's bare name: ``operator.iadd``, ``Tensor.__iadd__`` -> ``iadd``."""
+    """The operation's bare name: ``operator.iadd``, ``Tensor.__iadd__`` -> ``iadd``.
+
+    Only what Python, torch and this library define has one. Others may call theirs alike and mean
+    something else: those have their namespace or module in front, ``mylib::add``, which no pass
+    knows.
+    """
     target = node.target
+    if isinstance(target, str):
+        return _bare(target) if node.op == "call_method" else node.op
     if isinstance(target, _OpOverload):
         name = target.overloadpacket.__name__
-    elif isinstance(target, str):
-        name = target if node.op == "call_method" else node.op
-    else:
-        name = getattr(target, "__name__", type(target).__name__)
+        known = target.namespace in _NAMESPACES
+        return _bare(name) if known else f"{target.namespace}::{name}"
+    name = getattr(target, "__name__", type(target).__name__)
+    module = getattr(target, "__module__", None) or "builtins"  # of torch.add it is None
+    known = module.partition(".")[0] in _PACKAGES
+    return _bare(name) if known else f"{module}::{name}"
+
+
+def _bare(name: str) -> str:
     if name.startswith("__") and name.endswith("__"):
         name = name[2:-2]
         if name.startswith("r") and name[1:] in ("add", "mul", "sub", "truediv"):

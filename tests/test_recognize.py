@@ -243,6 +243,42 @@ def test_a_model_that_follows_the_paper() -> None:
     assert notes(graph, "recognize") == ["4 connections", "12 projections joined"]
 
 
+class Watched(hyper.Connection):
+    """Says how far H_res is from doubly stochastic: one more sum of its rows and of its columns."""
+
+    def forward(self, X: Tensor, branch: nn.Module) -> Tensor:
+        seen: list[Tensor] = []
+        streams = super().forward(X, lambda h: seen.append(h) or branch(h))
+        H_res = self.logits(self.norm(X.flatten(-2)), "res").unflatten(-1, (self.n, self.n)).exp()
+        for _ in range(self.iterations):
+            H_res = H_res / H_res.sum(-2, keepdim=True)
+            H_res = H_res / H_res.sum(-1, keepdim=True)
+        self.off = (H_res.sum(-1) - 1).abs().mean() + (H_res.sum(-2) - 1).abs().mean()
+        return streams
+
+
+@pytest.mark.parametrize("iterations", [2, 19, 20, 21, 30])
+@pytest.mark.parametrize("watched", [False, True])
+def test_iterations_are_counted_where_they_converge(iterations: int, watched: bool) -> None:
+    """A7: behind 20 iterations one more is hard to see; 21 were read where a monitor sums again."""
+    plain = hyper.PaperModel(layers=1).double()
+    for block in plain.blocks:
+        for name in ("mixer_hc", "mlp_hc"):
+            own = (Watched if watched else hyper.Connection)(4, 16, iterations).double()
+            own.load_state_dict(getattr(block, name).state_dict())
+            setattr(block, name, own)
+    with torch.no_grad():  # hard logits, for which it matters
+        for name, parameter in plain.named_parameters():
+            if "bias.res" in name:
+                parameter.mul_(4)
+    found = mhc_compile.explain(plain, signal().double())
+    assert [f"iterations={iterations}" in site.reason for site in found.sites] == [True, True]
+    model = copy.deepcopy(plain)
+    model.compile(backend="mhc")
+    actual, expected = (run(m, {"x": signal().double()}) for m in (model, plain))
+    assert output_error(actual.outputs, expected.outputs) < 1e-11
+
+
 @pytest.mark.parametrize("tensorify", [True, False], ids=["tensorify", "not"])
 @pytest.mark.filterwarnings("error:.*seems to have hyper-connections of its own")
 def test_other_shapes_and_modes(tensorify: bool, monkeypatch: Any) -> None:
