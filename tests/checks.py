@@ -228,9 +228,12 @@ def firsts(model: nn.Module) -> set[str]:
 def assert_learning(model: nn.Module, idle: Callable[[str, str], bool]) -> None:
     """Every group of every site has a gradient, except those that `idle(site, group)` names.
 
-    Those have none, which only float64 can tell from rounding.
+    Those have none, which only float64 can tell from rounding, and only where H_res leaves equal
+    streams equal: that of `hc` is free, that of `deepseek_v4` off by an eps.
     """
     exact = all(p.dtype is torch.float64 for p in model.parameters())
+    variants = {m.config.variant for m in model.modules() if isinstance(m, StreamParameters)}
+    exact = exact and not variants & {"hc", "deepseek_v4"}
     for name, norms in gradient_norms(model).items():
         for group, norm in norms.items():
             if idle(name, group):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mhc_compile import config, guard
 from mhc_compile.passes.operators import op_name
 from mhc_compile.passes.pipeline import PIPELINE, REQUIRED
 from tests.checks import Run, gradient_error, output_error
@@ -157,9 +159,13 @@ def test_each_version_of_a_partitioned_graph_is_python_that_runs() -> None:
 
 
 def test_a_pass_with_nothing_to_do_says_so() -> None:
-    """Without `widen` there is no site to fuse; a disabled pass is named as that."""
+    """Without `widen` there is no site to fuse; a disabled pass is named as that.
+
+    Nobody may leave it out, and the guard would notice: both are told to let it pass.
+    """
     captured = Captured.perturbed(gpt(FP64), {"ids": ids()})
-    rewritten = captured.eagerly(disabled=("widen", "lower"))
+    with patch.object(config, "REQUIRED", ()), patch.object(guard, "require_alive"):
+        rewritten = captured.eagerly(disabled=("widen", "lower"))
     captured.run(rewritten)
     for name in NAMES[WIDENED:]:
         assert rewritten.notes(name) == ["disabled" if name == "lower" else "nothing to do"]

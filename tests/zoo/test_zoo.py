@@ -38,7 +38,7 @@ def plain_and_transformed(entry: Model, dtype: torch.dtype) -> tuple[nn.Module, 
 
     before, after = set(plain.state_dict()), set(model.state_dict())
     assert before <= after
-    added = {key for key in after - before if not key.endswith(".mhc._extra_state")}
+    added = {key for key in after - before if not key.endswith("mhc._extra_state")}
     assert len(added) == 3 * entry.sites
     sites = checks.connections(model)
     assert len(sites) == entry.sites, sorted(sites)
