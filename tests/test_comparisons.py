@@ -76,6 +76,10 @@ ALLOWED["tests/passes/test_widen.py::test_perturbed_graph_agrees_with_truth"] = 
     "its table of cases is the recurrence by hand, and not the plain program"
 )
 ALLOWED["tests/test_ownership.py::test_a_parametrization_of_an_owner_outlives_revert"] = "reverted"
+ALLOWED |= dict.fromkeys(
+    ["tests/fuzz/test_fuzz.py"],
+    "every program is perturbed, moves, and is compared with the open form; many have idle groups",
+)
 ALLOWED["tests/test_check.py::test_the_model_is_left_as_it_was"] = "no results are compared"
 ALLOWED["tests/zoo/test_zoo.py::test_h_res_is_indexed_out_in"] = "literal numbers, of streams apart"
 ALLOWED["tests/test_backend.py::test_one_stream_leaves_a_plain_model_plain"] = "it has no site"
