@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile.passes.errors import ChainBrokenError, CheckpointError
+from tests.checks import assert_moves
 from tests.test_huggingface import LAYERS, moved, plain_model, relative, tokens
 
 hf.logging.set_verbosity_error()
@@ -185,7 +186,7 @@ class Owner(nn.Module):
 def test_a_target_may_be_called_like_a_branch(options: dict[str, Any]) -> None:
     x = (torch.randn(2, 3, 8),)
     model = nn.Sequential(Owner(), Owner())
-    moved(mhc_compile.transform(model, n=2, example_inputs=x))
+    assert_moves(mhc_compile.transform(model, n=2, example_inputs=x), x)
     expected = model(*x)
     wrapped = peft.get_peft_model(
         model, lora(target_modules=["attn"], init_lora_weights=True, **options)
