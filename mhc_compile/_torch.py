@@ -66,6 +66,7 @@ __all__ = [
     "first_paragraph",
     "graph_breaks",
     "graph_passes",
+    "hooks_for_all_modules",
     "hooks_on",
     "inductor_options",
     "inductor_setting",
@@ -73,7 +74,6 @@ __all__ = [
     "is_backward",
     "is_cut_for_ddp",
     "is_exporting",
-    "is_forced_eager",
     "is_functorch_active",
     "is_inductor_option",
     "is_known_to_ddp",
@@ -85,6 +85,7 @@ __all__ = [
     "register_effectful",
     "require_constant_floats",
     "set_backward_hook",
+    "stance",
     "trace_artifact",
     "unwrapped",
     "user_frame",
@@ -198,6 +199,17 @@ def _backward_kind(module: torch.nn.Module) -> str:
     return "old backward hook (register_full_backward_hook is captured)" if old else "backward hook"
 
 
+def hooks_for_all_modules() -> tuple[int, ...]:
+    """The keys of the hooks that are registered for all modules, in order."""
+    kinds = (
+        nn_module._global_forward_pre_hooks,
+        nn_module._global_forward_hooks,
+        nn_module._global_backward_pre_hooks,
+        nn_module._global_backward_hooks,
+    )
+    return tuple(key for hooks in kinds for key in hooks)
+
+
 def backward_hooks(module: torch.nn.Module) -> dict[int, Callable[..., Any]]:
     """The full backward hooks of a module, those for all modules first."""
     everywhere = nn_module._global_backward_hooks if nn_module._global_is_full_backward_hook else {}
@@ -268,9 +280,9 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
-def is_forced_eager() -> bool:
-    """Whether ``torch.compiler.set_stance("force_eager")`` is in force."""
-    return torch._dynamo.eval_frame._stance.stance == "force_eager"
+def stance() -> str:
+    """What ``torch.compiler.set_stance`` has set."""
+    return torch._dynamo.eval_frame._stance.stance
 
 
 def is_symbolically_traced() -> bool:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import _torch, initial, swap
 from .connection import Connection, Connections, StreamParameters
 from .declare import Spec
+from .history import graphs
 from .passes.errors import CheckError, MhcError, NotTransformedError
 from .pending import is_pending
 
@@ -103,7 +104,7 @@ class Check:
         return "\n".join([*lines, *(f"   note: {note}" for note in self.notes)])
 
 
-def check(model: nn.Module, *args: Any, **kwargs: Any) -> Check:
+def check(model: nn.Module, *args: Any, skip_compiled: bool = False, **kwargs: Any) -> Check:
     """Run a transformed model in several ways and say whether all of it is as it should be.
 
     - At the start its outputs are those of the plain model.
@@ -115,10 +116,11 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Check:
 
     The model is left as it was: parameters, ``.grad``, buffers, random states, mode, compiled
     calls. (One that still waits for its first call is transformed by this one.) A model of a few
-    layers takes seconds, nearly all of them Inductor's.
+    layers takes seconds, nearly all of them Inductor's: ``skip_compiled=True`` leaves that out.
 
     Args:
         model: a transformed model, or a module that holds one.
+        skip_compiled: whether to leave out the compiled run; the report notes it.
         *args, **kwargs: what its forward takes, on its device. The outputs must hold tensors of
             floating point that depend on the streams; dicts, lists, tuples and dataclasses are
             looked into. Outputs are compared in units of the precision at which the model computes:
@@ -134,11 +136,12 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Check:
     if is_pending(model):
         with torch.no_grad():
             model(*args, **kwargs)
-    if not any(swap.is_swapped(m) for m in model.modules()):
+    if not _sites(model):
         raise NotTransformedError(
-            f"{type(model).__name__} has no mHC parameters: call mhc_compile.transform(model) first"
+            f"{type(model).__name__} has no mHC parameters: call mhc_compile.transform(model) "
+            "first (n=1 adds none); if it was transformed, they were deleted"
         )
-    return _Checking(model, args, kwargs).run()
+    return _Checking(model, args, kwargs).run(skip_compiled)
 
 
 class _Failed(Exception):
@@ -185,7 +188,7 @@ class _Checking:
         self.steps: list[Step] = []
         self.precision = 0.0
 
-    def run(self) -> Check:
+    def run(self, skip_compiled: bool) -> Check:
         with _everything_kept(self.model, self.parameters):
             with swap.plainly(self.model):
                 self.plain = self._outputs(self.model)
@@ -196,6 +199,9 @@ class _Checking:
                 ("every group of every site has a gradient", self._gradients),
                 ("compiled, outputs and gradients are the same", self._compiled),
             ]
+            if skip_compiled:
+                claims.pop()
+                self.notes.append("the compiled call was left out")
             for claim, show in claims:
                 if not self._holds(claim, show):
                     break
@@ -223,14 +229,19 @@ class _Checking:
                 "so do the streams. Call p.requires_grad_() for p in mhc_compile.parameters(model) "
                 "(PEFT freezes them: LoraConfig(modules_to_save=['mhc']))."
             )
+        if broken := [s.name for s in self.sites if not all(map(_is_finite, s.parameters))]:
+            raise _Failed(
+                f"Those of {_named(broken)} hold values that are not finite. Were they ever given "
+                "any (a model from the meta device)? reset_parameters() of each gives the first."
+            )
         count = sum(p.numel() for p in self.parameters)
-        return f"{count:,} numbers, all of which require a gradient"
+        return f"{count:,} numbers, finite, all of which require a gradient"
 
     def _start(self) -> str:
-        with torch.no_grad():
-            for site in self.sites:
-                _set_to_start(site.module)
+        for site in self.sites:
+            _set_to_start(site.module)
         outputs = self._outputs(self.model)
+        self.precision = max(self.precision, _precision_within(self.model))
         self.start = _distance(outputs, self.plain)
         if self.config.readout == "sum":
             self.notes.append(
@@ -246,17 +257,23 @@ class _Checking:
 
     def _moves(self) -> str:
         generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for p in self.parameters:
-                p.add_(SIGMA * torch.randn(p.shape, generator=generator).to(p))
+        for p in self.parameters:
+            p.data += SIGMA * torch.randn(p.shape, generator=generator).to(p.data)
         self.outputs, self.gradients = self._run(self.model, self.parameters)
         moved = _distance(self.outputs, self.plain)
         if not moved > max(10 * self.start, 4 * self.precision):
-            raise _Failed(
-                f"They move by {moved:.1e} only: this call computes plain residuals, or the model "
-                "scales what its branches add to nothing (LayerScale at its first values)."
-            )
+            raise _Failed(f"They move by {moved:.1e} only. {self._why_not_moved()}")
         return f"by {moved:.1e} (relative)"
+
+    def _why_not_moved(self) -> str:
+        alive = {site.name for site in graphs(self.model)[-1].sites if not site.excluded}
+        if len(alive) == sum(isinstance(s.module, Connection) for s in self.sites):
+            return (
+                "All sites are n-stream in the captured graph, but the model scales what its "
+                "branches add to nothing or nearly so (LayerScale at its first values, a norm "
+                "that starts at zero), so nothing can be shown: give it trained weights."
+            )
+        return "This call computes plain residuals."
 
     def _gradients(self) -> str:
         unused = [s for s in self.sites if all(self.gradients[p] is None for p in s.parameters)]
@@ -406,13 +423,14 @@ def _chains_of(owner: nn.Module) -> dict[str, int]:
 
 def _set_to_start(module: StreamParameters) -> None:
     """The values from which a model computes what the plain one does, whatever its ``init``."""
-    if not isinstance(module, Connection):
-        module.reset_parameters()  # type: ignore[operator]
-        return
     config = replace(module.config, init="preserve", spread=0.0)
-    module.phi.zero_()
-    module.alpha.fill_(config.alpha_init)
-    module.bias.copy_(initial.bias(config, index=module.index, linear=module.linear))
+    if isinstance(module, Connection):
+        bias = initial.bias(config, index=module.index, linear=module.linear)
+    else:
+        bias = initial.head_bias(config.n)
+    module.phi.data.zero_()
+    module.alpha.data.fill_(config.alpha_init)
+    module.bias.data.copy_(bias)
 
 
 # --- comparing ----------------------------------------------------------------------------------
@@ -450,6 +468,10 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
     return float((a - e).norm() / e.norm().clamp_min(torch.finfo(wide).tiny))
 
 
+def _is_finite(parameter: Tensor) -> bool:
+    return bool(parameter.detach().isfinite().all())
+
+
 def _or_zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if gradient is None else gradient
 
@@ -463,13 +485,25 @@ def _precision_of(model: nn.Module, outputs: Sequence[Tensor]) -> float:
     return max([*(torch.finfo(d).eps for d in dtypes), *([2.0**-10] if tf32 else [])])
 
 
+def _precision_within(model: nn.Module) -> float:
+    """The largest machine epsilon inside of the model, which may set autocast itself."""
+    values = (n.meta.get("example_value") for n in graphs(model)[-1].after.graph.nodes)
+    dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()}
+    return max((torch.finfo(d).eps for d in dtypes), default=0.0)
+
+
 # --- leaving no trace ---------------------------------------------------------------------------
 
 
 @contextmanager
 def _everything_kept(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Random states, mHC parameters and compiled calls are afterwards what they were."""
-    values = [p.detach().clone() for p in parameters]
+    """Random states, mHC parameters and compiled calls are afterwards what they were.
+
+    Parameters get other memory meanwhile: a backward that is still to come finds its own as it was.
+    """
+    values = [p.data for p in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
     compiled = {
         m: m.__dict__.pop("_compiled_call_impl")
         for m in model.modules()
@@ -487,25 +521,22 @@ def _everything_kept(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator
         random.setstate(state)
         for module, call in compiled.items():
             module.__dict__["_compiled_call_impl"] = call
-        with torch.no_grad():
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.copy_(value)
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
 
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Buffers (running statistics, counters) are the same tensors with the same values."""
-    kept = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    """Buffers (running statistics, counters) are replaced by copies meanwhile."""
+    kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    copies: dict[int, Tensor] = {}
+    for module, buffers in kept:
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                copy = copies.setdefault(id(buffer), buffer.detach().clone())
+                module._buffers[name] = copy
     try:
         yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, value in kept:
-                module._buffers[name] = buffer
-                if not buffer.equal(value):
-                    buffer.copy_(value)
+        for module, buffers in kept:
+            module._buffers.update(buffers)

@@ -19,7 +19,7 @@ from torch.library import custom_op
 from . import _torch
 from .config import Config
 from .passes.context import Context, Declaration
-from .passes.errors import NotCapturedError
+from .passes.errors import ChainBrokenError, NotCapturedError
 from .passes.sites import identity_of, stack_of
 
 __all__ = ["DeclaredSite", "Spec", "collect", "declaration_nodes", "declare"]
@@ -100,6 +100,13 @@ def collect(graph: fx.Graph, context: Context) -> int:
         remaining = list(tensors)  # type: ignore[arg-type]
         for site in spec.sites:
             own, remaining = remaining[: site.tensors], remaining[site.tensors :]
+            if len(own) < site.tensors:
+                path = next(iter(context.owners.get(owner, ())), "")
+                raise ChainBrokenError(
+                    f"The mHC parameters of site '{site.name}' of module '{path or '<root>'}' are "
+                    "gone: its `mhc` was deleted, or a part of it. Put it back, or call "
+                    "mhc_compile.revert and transform the model again."
+                )
             declared = Declaration(site.name, site.chain, site.first, site.last, own)
             # A module may be called twice, or its forward by another one: it says the same again.
             declarations.setdefault(owner, {}).setdefault(site.name, declared)

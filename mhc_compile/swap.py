@@ -94,8 +94,8 @@ def swap(module: nn.Module, spec: str) -> None:
 def restore(module: nn.Module) -> None:
     """Give a module its original class and drop what ``swap`` left on it."""
     adapters.undo(module)
-    if FORWARD in module.__dict__:
-        module.__dict__["forward"] = module.__dict__[FORWARD]
+    if (own := _users_forward(module)) is not None:
+        module.__dict__["forward"] = own
     module.__class__ = _without_swap(type(module))
     _swapped.pop(str(id(module)), None)
     for name in OWN_ATTRIBUTES:
@@ -109,9 +109,9 @@ def plainly(model: nn.Module) -> Iterator[None]:
     """Let a transformed model run with its plain residuals: nothing of this library takes part."""
     kept = [(m, m.__class__, dict(m.__dict__), dict(m._modules)) for m in _swapped_in(model)]
     try:
-        for module, cls, attributes, _ in kept:
-            if FORWARD in attributes:
-                module.__dict__["forward"] = attributes[FORWARD]
+        for module, cls, _, _ in kept:
+            if (own := _users_forward(module)) is not None:
+                module.__dict__["forward"] = own
             module.__dict__.pop("_compiled_call_impl", None)
             module.__class__ = _without_swap(cls)
             module._modules.pop("mhc", None)  # for a forward that goes through its children
@@ -191,7 +191,7 @@ def _declaring_forward(
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if SPEC not in self.__dict__:  # reverted, but somebody kept this method
+        if not isinstance(self, swapped()):  # plain again, but somebody kept this method
             return original.forward(self, *args, **kwargs)
         if _torch.is_exporting() or torch.jit.is_tracing():
             _refuse_export()
@@ -204,16 +204,23 @@ def _declaring_forward(
     return forward
 
 
-def _adopted_forward(own: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for a forward that stands on the instance; copies of the module read their own."""
+def _adopted_forward(own: Callable[..., Any], number: int) -> Callable[..., Any]:
+    """The same for a forward that stands on the instance; copies of the module read their own.
+
+    Args:
+        number: its place among all that were adopted: a later one may call an earlier one.
+    """
 
     @functools.wraps(own, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not is_swapped(self):  # plain again, but somebody kept this method
+            kept = self.__dict__.get(FORWARD)
+            return (kept[number] if kept else own)(*args, **kwargs)
         if _torch.is_exporting() or torch.jit.is_tracing():
             _refuse_export()
         if torch.compiler.is_dynamo_compiling():
             declare(_declared_tensors(self), self._mhc_spec)
-            return self._mhc_forward(*args, **kwargs)  # type: ignore[operator]
+            return self._mhc_forward[number](*args, **kwargs)  # type: ignore[index,operator]
         return _call_as_root(self, args, kwargs)
 
     return forward
@@ -225,14 +232,24 @@ def _declared_tensors(module: nn.Module) -> list[nn.Parameter]:
     return own["mhc"].tensors() if "mhc" in own else []  # type: ignore[operator,union-attr]
 
 
-def _adopt_forward(module: nn.Module) -> bool:
-    """Let a forward that stands on the instance declare; whether there is a new one."""
+def _adopt_forward(module: nn.Module) -> None:
+    """Let a forward that stands on the instance declare."""
     own = module.__dict__.get("forward")
     if own is None or getattr(own, "__code__", None) is _ADOPTED:
-        return False
-    module.__dict__[FORWARD] = own
-    module.__dict__["forward"] = types.MethodType(_adopted_forward(own), module)
-    return True
+        return
+    adopted = [*module.__dict__.get(FORWARD, ()), own]
+    module.__dict__[FORWARD] = adopted
+    forward = _adopted_forward(own, len(adopted) - 1)
+    module.__dict__["forward"] = types.MethodType(forward, module)
+
+
+def _users_forward(module: nn.Module) -> Any:
+    """The forward that a user put on an instance, adopted or not; None without one."""
+    own: Any = module.__dict__.get("forward")
+    if getattr(own, "__code__", None) is not _ADOPTED:
+        return own
+    number = own.__func__.__closure__[own.__code__.co_freevars.index("number")].cell_contents
+    return module.__dict__[FORWARD][number]
 
 
 def _checked_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -260,7 +277,7 @@ def _require_own_forward(cls: type[nn.Module]) -> None:
 
 # Every such function shares its code; marks on a function are copied by functools.wraps.
 _DECLARING = _declaring_forward(nn.Module, lambda: nn.Module).__code__
-_ADOPTED = _adopted_forward(nn.Module.forward).__code__
+_ADOPTED = _adopted_forward(nn.Module.forward, 0).__code__
 
 
 def _call_as_root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -310,21 +327,32 @@ class _CompiledCall:
 
 
 class Forwards:
-    """Whose forwards a captured graph was made from: see Note [Replaced forwards]."""
+    """What a captured graph was made from that Dynamo does not guard.
+
+    See Note [Replaced forwards]; and hooks that are registered for all modules.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._classes = {c: c.forward for c in {original_class(m) for m in modules}}
-        self._parts = [weakref.ref(m) for m in modules if is_swapped(m)]
-        self._adopt()
+        self._parts = [(weakref.ref(m), self._of(m)) for m in modules if is_swapped(m)]
+        self._hooks = _torch.hooks_for_all_modules()
 
     def changed(self) -> bool:
         """Whether one was replaced since; a new one on an instance is adopted."""
-        return self._adopt() or any(c.forward is not f for c, f in self._classes.items())
+        now = [self._of(m) is before for ref, before in self._parts if (m := ref()) is not None]
+        return (
+            not all(now)
+            or any(c.forward is not f for c, f in self._classes.items())
+            or _torch.hooks_for_all_modules() != self._hooks
+        )
 
-    def _adopt(self) -> bool:
-        new = [_adopt_forward(m) for ref in self._parts if (m := ref()) is not None]
-        return any(new)
+    @staticmethod
+    def _of(module: nn.Module) -> Any:
+        if "forward" not in module.__dict__:
+            return None
+        _adopt_forward(module)
+        return _users_forward(module)
 
 
 def _compiled_call(module: nn.Module) -> Callable[..., Any]:
@@ -400,20 +428,24 @@ def _refuse_export(*_: Any) -> None:
     )
 
 
+_OWN_ERRORS: tuple[str, ...] = tuple(e.__name__ for e in MhcError.__subclasses__())
+
+
 def _why_not_captured(module: nn.Module, call: _Call) -> str:
     name, root = type(module).__name__, call.root
     met = _torch.exceptions_met()
-    raised = [e for e, count in met.items() if count > call.exceptions.get(e, 0)]
+    new = (e for e, count in met.items() if count > call.exceptions.get(e, 0))
+    raised = [e for e in new if not e.startswith(_OWN_ERRORS)]  # ours are met by tracing this call
     if raised:
         cause = (
             f"While it was captured, the forward of {type(root).__name__} or of a module in it "
             f"raised {raised[0]}. If that is not meant, the plain model raises it with the same "
             "inputs: mhc_compile.revert(copy.deepcopy(model))."
         )
-    elif _torch.is_forced_eager():
+    elif _torch.stance() != "default":
         cause = (
-            'torch.compiler.set_stance("force_eager") is in force, and the n-stream graph only '
-            "exists as a captured graph. Leave that stance around this model."
+            f'torch.compiler.set_stance("{_torch.stance()}") is in force, and the n-stream graph '
+            "only exists as a captured graph. Leave that stance around this model."
         )
     elif module is root:
         cause = (
@@ -455,7 +487,8 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     state = self.__getstate__()
     if isinstance(state, dict):
         left_out = (*OWN_ATTRIBUTES, "_compiled_call_impl")
-        own = {"forward": state[FORWARD]} if FORWARD in state else {}  # adopted again at the call
+        forward = _users_forward(self)  # adopted again at the call
+        own = {} if forward is None else {"forward": forward}
         state = {k: v for k, v in state.items() if k not in left_out} | own
     return _rebuild, (original, self.__dict__[SPEC]), state
 
@@ -472,8 +505,9 @@ def _replicate(self: nn.Module) -> nn.Module:
     """``DataParallel`` makes its replicas by copying the attributes."""
     replica: nn.Module = original_class(self)._replicate_for_data_parallel(self)
     _swapped[str(id(replica))] = replica
-    if FORWARD in replica.__dict__:
-        replica.__dict__["forward"] = replica.__dict__.pop(FORWARD)
+    if (own := _users_forward(self)) is not None:
+        replica.__dict__.pop(FORWARD, None)
+        replica.__dict__["forward"] = own
     return replica
 
 

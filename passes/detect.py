@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
@@ -111,7 +112,7 @@ class _Detector:
     def __init__(
         self, graph: fx.Graph, context: Context, ablated: frozenset[tuple[str, str]] = frozenset()
     ) -> None:
-        self.context, self.ablated = context, ablated
+        self.graph, self.context, self.ablated = graph, context, ablated
         self.missing: frozenset[tuple[str, str]] = frozenset()
         self.flow = DataFlow(graph)
         self.modes = Modes(graph, context.grad_enabled)
@@ -591,6 +592,7 @@ class _Detector:
     def _check_declared(self, chains: list[list[Site]]) -> None:
         if self.context.declarations is None:
             return
+        self._check_undeclared()
         found = {(identity_of(s.owner_key), s.branch_name) for s in self.sites.values()}
         missing = [
             (owner, entry)
@@ -644,11 +646,6 @@ class _Detector:
             home = number in self.context.homes and not self.context.broken_at
             if not (first and last) and not home:
                 raise ChainBrokenError(self._part_of_chain(number))
-            if not (first and last) and (instead := self._instead_of(number)):
-                raise ChainBrokenError(self._foreign(number, instead))
-        for number in self.context.homes - ends.keys():
-            if instead := self._instead_of(number):
-                raise ChainBrokenError(self._foreign(number, instead))
         pieces = [c[0].chain for c in chains]
         for number in declared:
             if pieces.count(number) > 1:
@@ -656,26 +653,45 @@ class _Detector:
                     self._split_chain([c for c in chains if c[0].chain == number])
                 )
 
-    def _instead_of(self, number: int) -> list[Site]:
-        """Undeclared adds that would carry a chain on: what they are in was put there since then.
+    def _check_undeclared(self) -> None:
+        """No residual add on declared streams, or in the place of a whole chain, may be plain.
 
-        Where nothing of the chain is left, two of them that would be a chain of their own.
+        What the example inputs did not show is an error; what was seen then and left out is not.
         """
-        declared = [s for s in self.sites.values() if s.chain == number]
-        members = declared or self.undeclared
-        behind = {self.base.get(s.x, s.x) for s in members}
-        of_members = {s.node for s in members}
-        return [
-            u for u in self.undeclared if u.node in behind or self.base.get(u.x, u.x) in of_members
-        ]
+        on_streams = self._undeclared_on_streams()
+        if not on_streams:
+            return
+        as_new = replace(self.context, declarations=None, homes=frozenset())
+        accepted = {s.node for s in _Detector(self.graph, as_new).run().sites}
+        if new := [s for s in on_streams if s.node in accepted]:
+            raise ChainBrokenError(self._foreign(new))
 
-    def _foreign(self, number: int, adds: list[Site]) -> str:
+    def _undeclared_on_streams(self) -> list[Site]:
+        """Undeclared adds that stand in front of, between or behind declared sites.
+
+        Where nothing of a chain is left, those that would be a chain of their own.
+        """
+        declared = {s.chain for s in self.sites.values()}
+        gone = self.context.homes - declared
+        streams = nx.Graph()
+        streams.add_nodes_from(self.sites)
+        for site in (*self.sites.values(), *self.undeclared):
+            streams.add_edge(site.node, self.base.get(site.x, site.x))
+        known = set(self.sites)
+        added = {s.node for s in self.undeclared}
+        found = []
+        for component in nx.connected_components(streams):
+            if component & known or (gone and len(component & added) > 1):
+                found += [s for s in self.undeclared if s.node in component]
+        return found
+
+    def _foreign(self, adds: list[Site]) -> str:
         named = ", ".join([f"'{s.name}' ({s.location})" for s in adds[:4]])
         return (
-            f"Sites of chain {number} are missing in this call, and other residual adds stand "
-            f"where they should be: {named}. They would be plain. A submodule was exchanged, or "
-            "its forward replaced, after the model was transformed, or this call takes another "
-            "path: call mhc_compile.revert and transform again, with example inputs that take it."
+            f"Residual adds among those of this model were no sites when it was transformed, and "
+            f"would be plain: {named}. A submodule was exchanged or added since, its forward was "
+            "replaced, or this call takes another path: call mhc_compile.revert and transform "
+            "again, with example inputs that take it."
         )
 
     def _part_of_chain(self, number: int) -> str:

@@ -414,10 +414,10 @@ def test_is_exporting(own):
     assert torch.compile(lambda x: x + own.is_exporting(), backend="eager")(torch.ones(1)) == 1
 
 
-def test_is_forced_eager(own):
-    assert not own.is_forced_eager()
+def test_stance(own):
+    assert own.stance() == "default"
     with torch.compiler.set_stance("force_eager"):
-        assert own.is_forced_eager()
+        assert own.stance() == "force_eager"
 
 
 def test_is_symbolically_traced(own):
@@ -656,6 +656,26 @@ def test_hooks_on(own):
     module.register_full_backward_hook(ignored)
     kinds = ["forward pre-hook", "forward hook", "backward pre-hook", "backward hook"]
     assert own.hooks_on(module) == {kind: [ignored] for kind in kinds}
+
+
+def test_hooks_for_all_modules(own):
+    room = nn.modules.module
+    before = own.hooks_for_all_modules()
+    handles = [
+        register(ignored)
+        for register in (
+            room.register_module_forward_pre_hook,
+            room.register_module_forward_hook,
+            room.register_module_full_backward_pre_hook,
+            room.register_module_full_backward_hook,
+        )
+    ]
+    try:
+        assert own.hooks_for_all_modules() == (*before, *(handle.id for handle in handles))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert own.hooks_for_all_modules() == before
 
 
 def test_backward_hooks(own):
