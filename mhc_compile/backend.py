@@ -26,7 +26,13 @@ from .partitioned import PartitionedPasses
 from .passes.canonicalize import canonicalize
 from .passes.context import Context
 from .passes.detect import detect
-from .passes.errors import GraphBreakError, MhcError, NoSitesError, UnsupportedError
+from .passes.errors import (
+    ChainBrokenError,
+    GraphBreakError,
+    MhcError,
+    NoSitesError,
+    UnsupportedError,
+)
 from .passes.pipeline import EXAMINE, PIPELINE
 from .passes.runner import HistoryEntry, Pass, run_pipeline
 from .passes.sites import identity_of, stack_of
@@ -123,6 +129,7 @@ def _compile_graph(
     declared = _declared_config(work)
     number_calls(work, module)
     owners = _transformed_modules(gm, module)
+    _require_one_model(owners, module)
     sites = guard.Sites.of(owners, work.graph, example_inputs)
     if declared is None:
         if own is not None and (found := rewrite(work, module, own)) is not None:
@@ -175,6 +182,17 @@ def _transformed_modules(gm: fx.GraphModule, module: nn.Module | None) -> list[n
             if part is not None and not any(part is m for root in found for m in root.modules()):
                 found.append(part)
     return found
+
+
+def _require_one_model(owners: Sequence[nn.Module], module: nn.Module | None) -> None:
+    """A copy may run modules of the model that it was copied from; their sites have one name."""
+    if len(owners) > 1 and owners[0] is module:
+        raise ChainBrokenError(
+            f"This call of {type(module).__name__} runs modules of another transformed model "
+            f"({type(owners[1]).__name__}), which it does not hold. A forward that was replaced "
+            "may refer to modules of the model from which this one was copied: set it on the copy "
+            "anew, or register the other model as a submodule."
+        )
 
 
 def _require_nothing_lost(

@@ -184,7 +184,63 @@ def test_layers_that_are_skipped_are_noted(frozen):
     assert model.h[0].attn.qkv.weight.requires_grad is not frozen
 
 
+def test_a_backward_that_is_still_to_come():
+    model = pair(Counting)[1]
+    checks.perturb(model)
+    expected = torch.autograd.grad(model(ids())["logits"][0].sum(), list(model.parameters()))
+    loss = model(ids())["logits"][0].sum()
+    assert mhc_compile.check(model, ids(), skip_compiled=True)
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    assert len(found) == len(expected) and all(g.isfinite().all() for g in found)
+
+
+def test_without_the_compiled_call():
+    found = mhc_compile.check(pair()[1], ids(), skip_compiled=True)
+    assert [s.claim for s in found.steps] == list(CLAIMS[:-1])
+    assert found and found.notes == ["the compiled call was left out"]
+
+
+class Autocast(GPT):
+    def forward(self, ids: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(ids).float()
+
+
+def test_a_model_that_sets_autocast_itself():
+    found = mhc_compile.check(pair(Autocast, dtype=torch.float32)[1], ids(), skip_compiled=True)
+    assert found, str(found)
+    assert "allowed 8.8e-02" in str(found)
+
+
+def test_a_forward_around_its_own_bound_method():
+    model = pair()[1]
+    inner = model.h[0].forward
+    model.h[0].forward = lambda x: inner(x)
+    found = mhc_compile.check(model, ids(), skip_compiled=True)
+    assert found, str(found)
+
+
 # ---------------------------------------------------------------------------- what is not well
+
+
+def test_parameters_that_are_not_numbers():
+    model = pair()[1]
+    model.h[1].mhc.mlp.bias.data.fill_(torch.nan)
+    assert "Those of 'h.1.mlp' hold values that are not finite" in failing(
+        mhc_compile.check(model, ids())
+    )
+
+
+def test_branches_that_are_scaled_to_nothing():
+    model = pair()[1]
+    with torch.no_grad():
+        for block in model.h:
+            for linear in (block.attn.proj, block.mlp[2]):
+                linear.weight.zero_()
+                linear.bias.zero_()
+    assert "All sites are n-stream in the captured graph, but the model scales" in failing(
+        mhc_compile.check(model, ids())
+    )
 
 
 def test_a_model_that_computes_plain_residuals(monkeypatch):

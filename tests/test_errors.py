@@ -667,11 +667,12 @@ def test_export_says_how_to_do_it(take, transformed):
 # ------------------------------------------------------------------------- outside every capture
 
 
-def test_force_eager_is_named(transformed):
+@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile"])
+def test_a_stance_is_named(stance, transformed):
     with (
         untouched(transformed, ids()),
-        torch.compiler.set_stance("force_eager"),
-        pytest.raises(NotCapturedError, match=r'set_stance\("force_eager"\)'),
+        torch.compiler.set_stance(stance),
+        pytest.raises(NotCapturedError, match=rf'set_stance\("{stance}"\)'),
     ):
         transformed(ids())
 

@@ -321,7 +321,7 @@ class Flagged(Root):
 def test_a_skipped_block_is_not_a_lost_one(called):
     model = transformed(Flagged)
     x, call = tokens(), called(model)
-    with pytest.raises((ChainBrokenError, _torch.BackendCompilerFailed), match="where they should"):
+    with pytest.raises((ChainBrokenError, _torch.BackendCompilerFailed), match="would be plain"):
         call(x, bare=True)
     names = [s.name for s in (call(x, skip=True), mhc_compile.graphs(model)[-1].sites)[1]]
     assert names == ["p.a", "p.b"]
@@ -367,5 +367,69 @@ def test_a_block_exchanged_for_a_plain_one_is_an_error(called):
         call = called(model)
         for name in names:
             setattr(model, name, Block().double())
-        with pytest.raises((ChainBrokenError, _torch.BackendCompilerFailed), match="was exchanged"):
+        with pytest.raises(
+            (ChainBrokenError, _torch.BackendCompilerFailed), match="exchanged or added"
+        ):
             call(tokens())
+
+
+@pytest.mark.parametrize("where", [0, 1, 2, 3])
+def test_an_added_block_is_an_error(where, called):
+    """In front, between and behind: found in the place of a site, and none of them."""
+    model = mhc_compile.transform(
+        nn.Sequential(*(Block() for _ in range(3))).double(), example_inputs=(tokens(),)
+    )
+    call = called(model)
+    call(tokens())
+    model.insert(where, Block().double())
+    message = rf"would be plain: '{where}\.a' \(.*'{where}\.b' \(.*exchanged or added"
+    with pytest.raises((ChainBrokenError, _torch.BackendCompilerFailed), match=message):
+        call(tokens())
+    del model[where]
+    assert call(tokens()).isfinite().all()
+
+
+@pytest.mark.parametrize("owners", [["p"], ["q"], ["p", "q"]])
+def test_deleted_parameters_are_an_error(owners, called):
+    model = transformed(Root)
+    call = called(model)
+    call(tokens())
+    for name in owners:
+        del getattr(model, name).mhc
+    message = f"parameters of site 'a' of module '{owners[0]}' are gone"
+    with pytest.raises((ChainBrokenError, _torch.BackendCompilerFailed), match=message):
+        call(tokens())
+
+
+class Optional(Root):
+    """Takes another way if it is told to, which nobody showed to transform."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = Block()
+
+    def forward(self, x: Tensor, longer: bool = False) -> Tensor:
+        x = self.q(self.p(x))
+        return self.extra(x) if longer else x
+
+
+def test_a_way_that_was_not_shown_is_an_error(called):
+    model = transformed(Optional)
+    call = called(model)
+    assert call(tokens()).isfinite().all()
+    with pytest.raises((ChainBrokenError, _torch.BackendCompilerFailed), match=r"'extra\.a'"):
+        call(tokens(), longer=True)
+
+
+class Unread(Root):
+    """A branch that transform saw and left alone stays alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.p(x)
+        self.seen = self.q(x)  # nothing that is returned is computed from it
+        return self.p(x)
+
+
+def test_what_transform_left_out_is_no_error(called):
+    model = transformed(Unread)
+    assert called(model)(tokens()).isfinite().all()

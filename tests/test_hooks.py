@@ -17,7 +17,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
-from torch.nn.modules.module import register_module_full_backward_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_full_backward_hook,
+)
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
@@ -560,3 +563,24 @@ def test_hooks_near_the_trouble_are_named_first_and_not_all():
     assert text.index("on '6'") < text.index("on '0'")
     assert "and 4 more" in text
     assert hooks.standing_on([nn.Linear(2, 2)]) == ""
+
+
+@CHANGEABLE
+def test_forward_hooks_for_all_modules_count_at_the_next_call(called):
+    """Dynamo guards none of them."""
+    plain = Root().double()
+    model = mhc_compile.transform(copy.deepcopy(plain), example_inputs=(tokens(),))
+    call = called(model)
+    before = call(tokens())
+
+    def doubles(module, args, out):
+        return 2 * out if isinstance(module, torch.nn.Linear) else None
+
+    handle = register_module_forward_hook(doubles)
+    try:
+        assert checks.error(call(tokens()), before) > 1e-2
+        checks.assert_transformed(plain, model, (tokens(),), called=call)
+    finally:
+        handle.remove()
+    with checks.parameters_kept(model):
+        checks.assert_moves(model, (tokens(),), called=call)

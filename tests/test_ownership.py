@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -400,6 +401,36 @@ def test_a_forward_replaced_on_an_instance_counts_at_the_next_call(called):
         replaced = model(tokens())
     del plain.q.forward, model.q.forward
     assert checks.error(model(tokens()), replaced) > 1e-3
+
+
+@CHANGEABLE
+@pytest.mark.parametrize("place", ["", "q"])
+@pytest.mark.parametrize("run_first", [False, True], ids=["never called", "called before"])
+def test_forwards_that_are_set_again_and_taken_away_count(place, run_first, called):
+    """One around another, as accelerate's hooks are; each has an effect of its own."""
+    model = mhc_compile.transform(Root().double(), example_inputs=(tokens(),))
+    checks.perturb(model)
+    call, x, part = called(model), tokens(), model.get_submodule(place)
+    if run_first:
+        call(x)
+    results = [call(x)]
+    for factor in (2.0, 3.0):
+        inner = part.forward
+        part.forward = lambda h, inner=inner, factor=factor: factor * inner(h)
+        results.append(call(x))
+    assert checks.error(results[1], 2 * results[0]) < EXACT or place
+    assert checks.error(results[2], 6 * results[0]) < EXACT or place
+    assert all(checks.error(a, b) > 1e-2 for a, b in itertools.combinations(results, 2))
+    with pytest.raises(mhc_compile.MhcError, match="another transformed model|would be plain"):
+        copy.deepcopy(model)(x)  # the functions still refer to this model
+    part.forward = lambda h: torch.zeros_like(h)
+    if place:
+        with pytest.raises(mhc_compile.MhcError):
+            call(x)
+    else:
+        assert not call(x).any()
+    del part.forward
+    assert checks.error(call(x), results[0]) < EXACT
 
 
 @CHANGEABLE
