@@ -61,6 +61,7 @@ __all__ = [
     "check_lookups",
     "compile_dynamo",
     "compile_inductor",
+    "copy_break_reason",
     "dynamo_settings",
     "exceptions_met",
     "first_paragraph",
@@ -294,6 +295,12 @@ def break_reason(gm: fx.GraphModule) -> str | None:
     """Where and why Dynamo ended a captured graph early; None for a graph that is whole."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     return None if reason is None or not reason.graph_break else _in_words(reason)
+
+
+def copy_break_reason(gm: fx.GraphModule, new: fx.GraphModule) -> None:
+    """Let a copy of a captured graph say the same as it does on why it ended early."""
+    if hasattr(gm, "compile_subgraph_reason"):
+        new.compile_subgraph_reason = gm.compile_subgraph_reason
 
 
 def _in_words(reason: Any) -> str:

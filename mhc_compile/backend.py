@@ -3,6 +3,14 @@
 ``mhc`` is the public one (``torch.compile(model, backend="mhc")``, through the entry point):
 all passes, then Inductor. ``eager`` runs the same graph operation by operation; a transformed
 model that is called plainly uses it.
+
+Note [Graphs that others run]
+    Dynamo keeps a graph for the code that it was captured from: other instances of the class run it
+    without our being asked, and so does one that was reverted. That is right where a graph says
+    itself what it is, by what it declares or by connections of its own. A graph of plain residuals
+    does not: for whom it is the first call of a plain model, and for whom a part without a site,
+    depends on who calls. Such a graph asks at every call, and is given to the backend again for a
+    caller that it was not made for.
 """
 
 from __future__ import annotations
@@ -17,11 +25,11 @@ from torch import fx, nn
 
 from . import _torch, guard, history, swap
 from .backward import number_calls
-from .capture import copy_graph
+from .capture import copy_graph, relabelled
 from .config import Config
 from .declare import Spec, collect, declaration_nodes
 from .hooks import errors_name_hooks
-from .own import rewrite
+from .own import has_connections, rewrite
 from .partitioned import PartitionedPasses
 from .passes.canonicalize import canonicalize
 from .passes.context import Context
@@ -101,13 +109,18 @@ def _compile(
     lower: Lowering,
 ) -> Runner:
     """All passes on one graph; ``own`` are options of this library, None for a plain call."""
-    module = swap.calling_root() or _torch.calling_module()
+    module = _caller()
 
     def roots() -> list[nn.Module]:
         return [module] if module is not None else _transformed_modules(gm, None)
 
     with errors_name_hooks(roots):
         return _compile_graph(gm, example_inputs, own, lower, module)
+
+
+def _caller() -> nn.Module | None:
+    """The module whose call is being compiled, or runs."""
+    return swap.calling_root() or _torch.calling_module()
 
 
 def _compile_graph(
@@ -138,12 +151,17 @@ def _compile_graph(
             runner = lower(work, example_inputs, Run(Config(**{**own, "n": 1}), entries))
             history.trace(entries)
             history.record(captured, work, entries, context, example_inputs)
-            return runner
+            if context.own:
+                return runner
+            return _asking(runner, _may_stay_plain, Plain.of(gm, example_inputs, own, module))
         if own is not None and not _is_transformed(module):
-            return _first_call_of_plain(gm, example_inputs, Config(**own), lower, module)
+            return _first_call_of_plain(gm, example_inputs, own, lower, module)
         # a part of the model without a site
         _require_nothing_lost(sites, gm, work, owners, module)
-        return lower(work, example_inputs, Run(Config(**(own or {}))))
+        runner = lower(work, example_inputs, Run(Config(**(own or {}))))
+        if own is None:  # a plain call has a cache of its own
+            return runner
+        return _asking(runner, _may_stay_plain, Plain.of(gm, example_inputs, own, module))
     _refuse_constants(work)
     _require_agreement(own or {}, declared)
     context = Context(
@@ -359,7 +377,7 @@ def _is_transformed(module: nn.Module | None) -> bool:
 def _first_call_of_plain(
     gm: fx.GraphModule,
     example_inputs: list[Any],
-    config: Config,
+    own: Mapping[str, Any],
     lower: Lowering,
     module: nn.Module | None,
 ) -> Runner:
@@ -367,8 +385,10 @@ def _first_call_of_plain(
 
     The graph at hand has no inputs for the new parameters, so this first call runs eagerly with
     the parameters handed over; it leaves the model transformed, Dynamo notices the new classes,
-    and the second call is captured and compiled like that of any transformed model.
+    and the second call is captured and compiled like that of any transformed model. Whoever comes
+    upon the graph after that is plain again, and has a first call too.
     """
+    config = Config(**own)
     if config.n == 1:
         return lower(copy_graph(gm), example_inputs, Run(config))
     if module is None:
@@ -389,20 +409,108 @@ def _first_call_of_plain(
             "with its reason. If graph breaks cut the model into several graphs "
             "(TORCH_LOGS=graph_breaks shows them), call mhc_compile.transform(model) first."
         )
-    made: list[list[nn.Parameter]] = []
-    pending: list[Any] = []
+    # Dynamo keeps the runner: what belongs to this module must not stay in it.
+    waiting = [(module, example_inputs, work, context, detection)]
 
     def first_call(*inputs: Any) -> Any:
-        if not pending:
-            parameters = attach(module, work, example_inputs, detection, config)
-            extra = _add_inputs(work, detection, parameters)
-            rewritten, entries = run_pipeline(work, context, PIPELINE[2:])
-            history.record(captured, rewritten, entries, context, [*example_inputs, *extra])
-            made.append(extra)
-            pending.append(_run_eagerly(rewritten, [*example_inputs, *extra]))
-        return pending[0](*inputs, *made[0])
+        model, values, graph, context, detection = waiting.pop()
+        extra = _add_inputs(graph, detection, attach(model, graph, values, detection, config))
+        rewritten, entries = run_pipeline(graph, context, PIPELINE[2:])
+        history.record(captured, rewritten, entries, context, [*values, *extra])
+        return _run_eagerly(rewritten, [*values, *extra])(*inputs, *extra)
 
-    return first_call
+    def is_waiting(caller: nn.Module | None) -> bool:
+        return bool(waiting) and waiting[0][0] is caller
+
+    return _asking(first_call, is_waiting, Plain.of(gm, example_inputs, own, module))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A graph of plain residuals as the backend was given it: see Note [Graphs that others run].
+
+    Attributes:
+        gm: the graph.
+        own: the options of this library.
+        model: what the module was called, for messages.
+        modules: from the identity of each module in the graph to its path.
+        names: of each input, the names by which the module has it.
+    """
+
+    gm: fx.GraphModule
+    own: Mapping[str, Any]
+    model: str
+    modules: Mapping[str, str]
+    names: Sequence[frozenset[str]]
+
+    @classmethod
+    def of(
+        cls,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        own: Mapping[str, Any],
+        module: nn.Module | None,
+    ) -> Plain:
+        graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+        met = {identity_of(k) for g in graphs for node in g.nodes for k, _ in stack_of(node)}
+        modules = {} if module is None else {str(id(m)): p for p, m in module.named_modules()}
+        return cls(
+            relabelled(gm, {}),
+            own,
+            type(module).__name__,
+            {identity: path for identity, path in modules.items() if identity in met},
+            _names_in(module, example_inputs),
+        )
+
+    def compile_for(self, caller: nn.Module | None, inputs: Sequence[Any]) -> Runner:
+        """What the backend makes of this graph as one of ``caller``, for one call.
+
+        Raises:
+            MhcError: that is another model; or any other error of the backend.
+        """
+        theirs = dict(caller.named_modules(remove_duplicate=False)) if caller is not None else {}
+        missing = [path for path in self.modules.values() if path not in theirs]
+        if caller is not None and (missing or self.names != _names_in(caller, inputs)):
+            raise MhcError(
+                f"backend 'mhc' has met the code of {self.model} before, in a model whose modules "
+                f"or parameters have other names than those of this {type(caller).__name__}, and "
+                "Dynamo does not capture it again. Call mhc_compile.transform(model) before it is "
+                "compiled, or torch.compiler.reset() before its first call."
+            )
+        new = {known: str(id(theirs[path])) for known, path in self.modules.items() if theirs}
+        return _compile(
+            relabelled(self.gm, new),
+            list(inputs),
+            self.own,
+            lambda graph, values, run: _run_eagerly(graph, values),
+        )
+
+
+def _names_in(module: nn.Module | None, inputs: Sequence[Any]) -> list[frozenset[str]]:
+    """The names that each input has as a parameter or buffer of a module."""
+    names: dict[int, set[str]] = {}
+    if module is not None:
+        for name, value in (
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ):
+            names.setdefault(id(value), set()).add(name)
+    return [frozenset(names.get(id(value), ())) for value in inputs]
+
+
+def _asking(runner: Runner, fits: Callable[[nn.Module | None], bool], plain: Plain) -> Runner:
+    """A runner that is only run for whom it fits: see Note [Graphs that others run]."""
+
+    def run(*inputs: Any) -> Any:
+        caller = _caller()
+        return (runner if fits(caller) else plain.compile_for(caller, inputs))(*inputs)
+
+    return run
+
+
+def _may_stay_plain(caller: nn.Module | None) -> bool:
+    """Whether a graph without a site may be a part of this model."""
+    return _is_transformed(caller) or has_connections(caller)
 
 
 def _add_inputs(gm: fx.GraphModule, detection: Any, parameters: Mapping[Any, Any]) -> list[Any]:

@@ -23,8 +23,9 @@ from . import _torch, adapters
 from ._torch import pytree
 from .backward import traced_backward_hooks
 from .passes.errors import CaptureError, ExampleInputsError, GraphBreakError, MhcError
+from .passes.sites import identity_of
 
-__all__ = ["CapturedGraph", "as_call", "capture", "merge"]
+__all__ = ["CapturedGraph", "as_call", "capture", "merge", "relabelled"]
 
 GRAPH_NUMBER = "mhc_graph"
 """``meta`` key: from which of several captured graphs a node of a merged graph comes."""
@@ -163,6 +164,26 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     new = fx.GraphModule(gm, graph)
     new.meta = dict(gm.meta)
     return new
+
+
+def relabelled(gm: fx.GraphModule, identities: Mapping[str, str]) -> fx.GraphModule:
+    """A copy of a captured graph, with its bodies, in which modules go by other identities."""
+    new = copy_graph(gm)
+    _torch.copy_break_reason(gm, new)
+    for name, body in new.named_children():
+        if isinstance(body, fx.GraphModule):
+            setattr(new, name, relabelled(body, identities))
+    for node in new.graph.nodes:
+        if stack := node.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = {
+                _relabelled_key(key, identities): value for key, value in stack.items()
+            }
+    return new
+
+
+def _relabelled_key(key: Any, identities: Mapping[str, str]) -> Any:
+    known = identity_of(str(key))
+    return identities[known] + str(key)[len(known) :] if known in identities else key
 
 
 def merge(graphs: list[CapturedGraph]) -> tuple[fx.GraphModule, list[Any]]:

@@ -23,7 +23,7 @@ from .passes.runner import HistoryEntry, run_pipeline
 from .passes.sites import Site
 from .transform import options_of
 
-__all__ = ["connections", "rewrite"]
+__all__ = ["connections", "has_connections", "rewrite"]
 
 _APPLICABLE = ("defer_norms", "disabled")
 """Options that mean something where nothing is added."""
@@ -37,6 +37,11 @@ def connections(gm: fx.GraphModule) -> Context:
     context = Context(options_of(Config(n=1)))
     run_pipeline(gm, context, OWN[:-1])
     return context
+
+
+def has_connections(module: nn.Module | None) -> bool:
+    """Whether a graph of a module was met that had connections of its own."""
+    return module is not None and module in _known
 
 
 def rewrite(
@@ -56,7 +61,7 @@ def rewrite(
     if found and module is not None and module not in _known:
         _known.add(module)
         _say_if_none_is_read(module, found)
-    if not found and (module is None or module not in _known):
+    if not found and not has_connections(module):
         return None
     _refuse_options(module, found, options)
     config = Config(**{**options, "n": 1})

@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.metrics
+import torch.utils.checkpoint
 from torch import nn
 
 import mhc_compile
 from mhc_compile import _torch
 from mhc_compile.backend import mhc
+from mhc_compile.passes.errors import MhcError
 from mhc_compile.passes.pipeline import PIPELINE, REQUIRED
 from mhc_compile.swap import is_swapped
 from tests import checks
 from tests.checks import perturb
-from tests.models import GPT, WIDTH, ids, pair, relative
+from tests.models import GPT, WIDTH, Block, ids, pair, relative
 
 # A hit in the cache of compiled graphs generates no kernels.
 UNCACHED = torch._inductor.config.patch(force_disable_caches=True)
@@ -205,6 +207,227 @@ def test_a_transformed_part_of_a_compiled_model(inductor):
     assert relative(model(ids()), head(part(ids()))) < 1e-12
     assert relative(model(ids()), head(plain(ids()))) > 1e-3
     assert len(inductor) == 1
+
+
+# ------------------------------------------------------------- graphs that Dynamo has met before
+
+
+def compiled_by(model: nn.Module, in_place: bool, **settings: Any) -> nn.Module:
+    """What is called: the model that was compiled in place, or the wrapper of torch.compile."""
+    if not in_place:
+        return torch.compile(model, backend="mhc", **settings)
+    model.compile(backend="mhc", **settings)
+    return model
+
+
+def assert_became_transformed(plain: nn.Module, model: nn.Module, called: nn.Module) -> None:
+    """A model that was called once is what `transform` would have made of it."""
+    early = mhc_compile.transform(copy.deepcopy(plain), example_inputs=(ids(),))
+    assert model.state_dict().keys() == early.state_dict().keys()
+    assert sorted(checks.connections(model)) == sorted(checks.connections(early))
+    checks.assert_transformed(plain, model, INPUTS, called=called)
+    perturb(early)
+    assert_equal_runs(called, early, 1e-12)
+
+
+BOTH_ROUTES = pytest.mark.parametrize("in_place", [True, False])
+
+
+@BOTH_ROUTES
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("copied", [True, False])
+def test_every_model_of_a_class_is_transformed(copied, grad, in_place, inductor):
+    """Dynamo has a graph for the second one already: that of the first one's first call."""
+    plains = [GPT().double() for _ in range(3)]
+    if copied:
+        plains = [plains[0]] * 3
+    models = [copy.deepcopy(plain) for plain in plains]
+    called = [compiled_by(model, in_place) for model in models]
+    with torch.set_grad_enabled(grad):
+        for plain, call in zip(plains, called, strict=True):
+            assert relative(call(ids()), plain(ids())) < 1e-12
+    assert not inductor  # each call was a first one
+    for plain, model, call in zip(plains, models, called, strict=True):
+        assert_became_transformed(plain, model, call)
+
+
+@BOTH_ROUTES
+def test_a_first_call_trains_its_own_model(in_place, inductor):
+    plains = [GPT().double() for _ in range(2)]
+    for plain in plains:
+        model = copy.deepcopy(plain)
+        called = compiled_by(model, in_place)
+        assert_equal_runs(called, plain, 1e-12)
+        assert all(p.grad is not None for p in mhc_compile.parameters(model))
+        assert not inductor
+        (graph,) = mhc_compile.graphs(model)
+        assert graph.after.code.count("mhc.coefficients") == 4
+
+
+@BOTH_ROUTES
+def test_a_reverted_model_is_transformed_again(in_place, inductor):
+    plain = GPT().double()
+    model = copy.deepcopy(plain)
+    for _ in range(3):
+        called = compiled_by(model, in_place)
+        called(ids())
+        assert_became_transformed(plain, model, called)
+        mhc_compile.revert(model)
+        assert model.state_dict().keys() == plain.state_dict().keys()
+        model.h[0] = copy.deepcopy(model.h[0])  # another module at the same place
+
+
+def test_a_wrapper_transforms_a_reverted_model_again(inductor):
+    plain = GPT().double()
+    model = copy.deepcopy(plain)
+    called = torch.compile(model, backend="mhc")
+    called(ids())
+    checks.assert_moves(model, INPUTS, called=called)
+    mhc_compile.revert(model)
+    called(ids())
+    assert_became_transformed(plain, model, called)
+
+
+@BOTH_ROUTES
+def test_each_block_of_a_model_can_be_compiled_alone(in_place, inductor):
+    """Each is a model of its own; the rest, and what runs between them, stays plain."""
+    plain = GPT(layers=4).double()
+    model = copy.deepcopy(plain)
+    for number, block in enumerate(list(model.h)):
+        model.h[number] = compiled_by(block, in_place)
+    blocks = [_torch.unwrapped(block) for block in model.h]
+    for _ in range(2):
+        assert relative(model(ids()), plain(ids())) < 1e-12
+    assert [len(checks.connections(block)) for block in blocks] == [2] * 4
+    assert not is_swapped(model)
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    for expected, block, called in zip(plain.h, blocks, model.h, strict=True):
+        checks.assert_transformed(expected, block, (x,), called=called)
+
+
+def test_a_first_call_with_sizes_of_its_own(inductor):
+    """The graph that Dynamo has is one of any size."""
+    plain = GPT().double()
+    for length in (5, 7, 3):
+        model = copy.deepcopy(plain)
+        called = torch.compile(model, backend="mhc", dynamic=True)
+        tokens = ids(length=length)
+        assert relative(called(tokens), plain(tokens)) < 1e-12
+        assert not inductor
+        checks.assert_moves(model, (tokens,), called=called)
+        inductor.clear()
+
+
+class Checkpointed(GPT):
+    """Its blocks are recomputed, and lie in graphs inside of the graph."""
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.h:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        return self.head(self.ln_f(x))
+
+
+def test_a_first_call_through_bodies(inductor):
+    plains = [Checkpointed().double() for _ in range(2)]
+    for plain in plains:
+        model = copy.deepcopy(plain)
+        model.compile(backend="mhc")
+        assert_equal_runs(model, plain, 1e-12)
+        assert not inductor
+        assert sorted(checks.connections(model)) == sorted(
+            f"h.{layer}.{branch}" for layer in range(2) for branch in ("attn", "mlp")
+        )
+        perturbed = checks.assert_moves(model, INPUTS)
+        assert perturbed.gradients["h.1.attn.qkv.weight"].any()
+        inductor.clear()
+
+
+def test_one_stream_leaves_every_model_plain(inductor):
+    plains = [GPT().double() for _ in range(2)]
+    for plain in plains:
+        model = copy.deepcopy(plain)
+        model.compile(backend="mhc", options={"n": 1})
+        assert_equal_runs(model, plain, 1e-12)
+        assert type(model) is GPT
+    assert len(inductor) == 1
+
+
+class Listed(nn.Module):
+    """Runs blocks from a list, which has nothing to do with the names that they have."""
+
+    def __init__(self, order: list[int]) -> None:
+        super().__init__()
+        self.h = nn.ModuleList(Block() for _ in order)
+        self.__dict__["listed"] = [self.h[number] for number in order]
+
+    def forward(self, x):
+        for block in self.listed:
+            x = block(x)
+        return x
+
+
+def test_a_known_graph_under_other_names_is_refused(inductor):
+    x = torch.randn(2, 5, WIDTH)
+    first, second = Listed([0, 1]), Listed([1, 0])
+    expected = second(x)
+    for model in (first, second):
+        model.compile(backend="mhc")
+    first(x)
+    checks.assert_moves(first, (x,))
+    inductor.clear()
+    with pytest.raises(MhcError, match=r"met the code of Listed before.*other names.*transform"):
+        second(x)
+    assert not is_swapped(second) and not checks.connections(second)
+    torch.compiler.reset()
+    assert relative(second(x), expected) < 1e-5
+    checks.assert_moves(second, (x,))
+
+
+class Halves(nn.Module):
+    """Two parts with a graph break between them."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x):
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+class Two(nn.Module):
+    """Two blocks: a part without a site, or a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.Sequential(Block(), Block())
+
+    def forward(self, x):
+        return self.h(x)
+
+
+@pytest.mark.parametrize("part_first", [True, False])
+def test_a_part_that_stays_plain_and_a_model_of_its_class(part_first, inductor):
+    """What is a part without a site to one caller is a plain model to another."""
+    x = torch.randn(2, 5, WIDTH)
+    halves = Halves(mhc_compile.transform(Two(), example_inputs=(x,)), Two())
+    plain = Two()
+    model = copy.deepcopy(plain)
+    calls = [torch.compile(halves, backend="mhc"), torch.compile(model, backend="mhc")]
+    expected = halves(x), plain(x)
+    for index in (0, 1) if part_first else (1, 0):
+        for _ in range(2):
+            try:
+                assert relative(calls[index](x), expected[index]) < 1e-5
+            except MhcError as error:  # not in silence
+                assert "other names" in str(error)
+                torch._dynamo.reset()
+                calls[index](x)
+    checks.assert_moves(model, (x,), called=calls[1])
+    checks.assert_moves(halves.first, (x,), called=calls[0])
+    assert not is_swapped(halves.second)
 
 
 def test_revert_forgets_the_compilation(inductor):

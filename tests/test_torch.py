@@ -313,6 +313,16 @@ def test_break_reason(own):
     assert second is None
 
 
+def test_copy_break_reason(own):
+    recorder = Recorder()
+    torch.compile(breaking, backend=recorder)(torch.ones(1))
+    for gm in recorder.graphs:
+        new = torch.fx.GraphModule(gm, gm.graph)
+        own.copy_break_reason(gm, new)
+        assert own.break_reason(new) == own.break_reason(gm)
+    assert own.break_reason(recorder.graphs[0])
+
+
 def test_exceptions_met(own):
     def raising(x):
         raise ValueError("an odd number of streams")
