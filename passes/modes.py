@@ -10,8 +10,9 @@ pass that replaces several operations by one puts all of them into one mode, so 
 to operations of one mode. Passes find what to replace by following values; inside ``kept_apart``
 no value can be followed into another mode, so that no pattern needs to know about modes.
 
-Two switches change nothing that a pass touches, and are left out: which kernels attention may use,
-and whether hooks of saved tensors may be registered.
+Three switches change nothing that a pass touches, and are left out: which kernels attention may
+use, whether hooks of saved tensors may be registered, and whether ``requires_grad_`` may be called
+under ``torch.func`` (Dynamo puts it around every such call, wherever that stands).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .operators import holds_tensor, op_name
 __all__ = ["Mode", "Modes", "behind_switches", "is_read_in_another_mode", "kept_apart"]
 
 _SWITCH = re.compile(r"_*(enter|exit|set|push|pop|exchange|maybe_exchange)_|.*_nesting$")
+_LEFT_OUT = "set_inplace_requires_grad_allowed"
 _GRAD, _AUTOCAST = "_set_grad_enabled", "_enter_autocast"
 
 
@@ -104,6 +106,7 @@ def _is_switch(node: fx.Node) -> bool:
     return (
         node.op == "call_function"
         and _SWITCH.match(op_name(node)) is not None
+        and op_name(node) != _LEFT_OUT
         and not any(holds_tensor(n) for n in (node, *node.all_input_nodes))
     )
 

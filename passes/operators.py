@@ -115,6 +115,7 @@ _KINDS: dict[Kind, frozenset[str]] = {
         _enter_autocast _exit_autocast _set_grad_enabled inference_mode _enter_inference_mode
         _exit_inference_mode manual_seed declare after_write in_another_mode
         _saved_tensors_hooks_disable _saved_tensors_hooks_enable lift_fresh
+        requires_grad_ set_inplace_requires_grad_allowed
         """
     ),
 }
