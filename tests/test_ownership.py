@@ -421,14 +421,10 @@ def test_forwards_that_are_set_again_and_taken_away_count(place, run_first, call
     assert checks.error(results[1], 2 * results[0]) < EXACT or place
     assert checks.error(results[2], 6 * results[0]) < EXACT or place
     assert all(checks.error(a, b) > 1e-2 for a, b in itertools.combinations(results, 2))
-    with pytest.raises(mhc_compile.MhcError, match="another transformed model|would be plain"):
+    with pytest.raises(mhc_compile.MhcError, match=r"another transformed model|would be plain"):
         copy.deepcopy(model)(x)  # the functions still refer to this model
     part.forward = lambda h: torch.zeros_like(h)
-    if place:
-        with pytest.raises(mhc_compile.MhcError):
-            call(x)
-    else:
-        assert not call(x).any()
+    assert not call(x).any()
     del part.forward
     assert checks.error(call(x), results[0]) < EXACT
 
