@@ -181,7 +181,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
         f"{_MODES}::test_transform_changes_neither_state_nor_random_numbers",
         f"{_MODES}::test_a_model_on_the_meta_device",
     ),
-    "Without one, the parameters are made at the first call": (
+    "Without one it warns, the parameters are made at the first call": (
         f"{_MODES}::test_parameters_made_at_the_first_call",
     ),
     "The model stays the object it was": (

@@ -61,7 +61,7 @@ def call(target: Any, *args: Any) -> fx.Node:
         (add, "tests.passes.test_operators::add"),
         (dropout, "tests.passes.test_operators::dropout"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_only_known_functions_have_a_bare_name(target: Any, name: str) -> None:
     node = call(target)
