@@ -153,7 +153,7 @@ def _compile_graph(
             history.record(captured, work, entries, context, example_inputs)
             if context.own:
                 return runner
-            return _asking(runner, _may_stay_plain, Plain.of(gm, example_inputs, own, module))
+            return _asking(runner, _may_stay_plain, Plain.of(gm, example_inputs, own))
         if own is not None and not _is_transformed(module):
             return _first_call_of_plain(gm, example_inputs, own, lower, module)
         # a part of the model without a site
@@ -161,7 +161,7 @@ def _compile_graph(
         runner = lower(work, example_inputs, Run(Config(**(own or {}))))
         if own is None:  # a plain call has a cache of its own
             return runner
-        return _asking(runner, _may_stay_plain, Plain.of(gm, example_inputs, own, module))
+        return _asking(runner, _may_stay_plain, Plain.of(gm, example_inputs, own))
     _refuse_constants(work)
     _require_agreement(own or {}, declared)
     context = Context(
@@ -422,62 +422,61 @@ def _first_call_of_plain(
     def is_waiting(caller: nn.Module | None) -> bool:
         return bool(waiting) and waiting[0][0] is caller
 
-    return _asking(first_call, is_waiting, Plain.of(gm, example_inputs, own, module))
+    return _asking(first_call, is_waiting, Plain.of(gm, example_inputs, own))
 
 
 @dataclass(frozen=True)
 class Plain:
     """A graph of plain residuals as the backend was given it: see Note [Graphs that others run].
 
+    What it says of modules is said anew for others by their paths, from the module whose code it
+    is: whoever calls that one may have it under another name.
+
     Attributes:
         gm: the graph.
         own: the options of this library.
-        model: what the module was called, for messages.
+        code: the class of the module whose code it is, for messages.
         modules: from the identity of each module in the graph to its path.
         names: of each input, the names by which the module has it.
     """
 
     gm: fx.GraphModule
     own: Mapping[str, Any]
-    model: str
+    code: str
     modules: Mapping[str, str]
     names: Sequence[frozenset[str]]
 
     @classmethod
-    def of(
-        cls,
-        gm: fx.GraphModule,
-        example_inputs: Sequence[Any],
-        own: Mapping[str, Any],
-        module: nn.Module | None,
-    ) -> Plain:
+    def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any], own: Mapping[str, Any]) -> Plain:
         graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
         met = {identity_of(k) for g in graphs for node in g.nodes for k, _ in stack_of(node)}
-        modules = {} if module is None else {str(id(m)): p for p, m in module.named_modules()}
+        module = _torch.innermost_module()
+        paths = {} if module is None else {str(id(m)): p for p, m in module.named_modules()}
         return cls(
             relabelled(gm, {}),
             own,
             type(module).__name__,
-            {identity: path for identity, path in modules.items() if identity in met},
+            {identity: path for identity, path in paths.items() if identity in met},
             _names_in(module, example_inputs),
         )
 
-    def compile_for(self, caller: nn.Module | None, inputs: Sequence[Any]) -> Runner:
-        """What the backend makes of this graph as one of ``caller``, for one call.
+    def compile_again(self, inputs: Sequence[Any]) -> Runner:
+        """What the backend makes of this graph for whoever is calling now, for one call.
 
         Raises:
-            MhcError: that is another model; or any other error of the backend.
+            MhcError: its modules are others; or any other error of the backend.
         """
-        theirs = dict(caller.named_modules(remove_duplicate=False)) if caller is not None else {}
-        missing = [path for path in self.modules.values() if path not in theirs]
-        if caller is not None and (missing or self.names != _names_in(caller, inputs)):
+        module = _torch.innermost_module()
+        theirs = {} if module is None else dict(module.named_modules(remove_duplicate=False))
+        same_modules = theirs.keys() >= set(self.modules.values())
+        if not same_modules or self.names != _names_in(module, inputs):
             raise MhcError(
-                f"backend 'mhc' has met the code of {self.model} before, in a model whose modules "
-                f"or parameters have other names than those of this {type(caller).__name__}, and "
+                f"backend 'mhc' has met the code of {self.code} before, in a model whose modules "
+                f"or parameters have other names than those of this {type(module).__name__}, and "
                 "Dynamo does not capture it again. Call mhc_compile.transform(model) before it is "
                 "compiled, or torch.compiler.reset() before its first call."
             )
-        new = {known: str(id(theirs[path])) for known, path in self.modules.items() if theirs}
+        new = {known: str(id(theirs[path])) for known, path in self.modules.items()}
         return _compile(
             relabelled(self.gm, new),
             list(inputs),
@@ -502,8 +501,7 @@ def _asking(runner: Runner, fits: Callable[[nn.Module | None], bool], plain: Pla
     """A runner that is only run for whom it fits: see Note [Graphs that others run]."""
 
     def run(*inputs: Any) -> Any:
-        caller = _caller()
-        return (runner if fits(caller) else plain.compile_for(caller, inputs))(*inputs)
+        return (runner if fits(_caller()) else plain.compile_again(inputs))(*inputs)
 
     return run
 
