@@ -530,6 +530,42 @@ def test_a_pre_hook_may_replace_the_first_state(called):
     assert checks.error(call(tokens()), recurrence(model, x)) < EXACT
 
 
+# --- a state that is to require a gradient --------------------------------------------------------
+
+
+class Normed(Root):
+    """What comes first is no graph input, and a leaf where nothing is recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.first(x))
+
+
+def is_recorded(module, args, out):
+    out.requires_grad_(True)
+
+
+@CHANGEABLE
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("place", ["first", "p", "p.a"])
+def test_a_hook_may_require_gradients_where_none_are_recorded(place, frozen, called):
+    """`enable_input_require_grads` of transformers registers such a hook on the embedding."""
+    plain, model = made(Normed)
+    call = called(model)
+    call(tokens())
+    for m in (plain, model):
+        m.first.requires_grad_(not frozen)
+        m.get_submodule(place).register_forward_hook(is_recorded)
+    checks.assert_transformed(plain, model, (tokens(),), called=call)
+    expected = recurrence(model, model.first(tokens())).detach()
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            assert checks.error(call(tokens()), expected) < EXACT
+
+
 # --- names ----------------------------------------------------------------------------------------
 
 

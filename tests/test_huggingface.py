@@ -18,13 +18,14 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 import mhc_compile
-from mhc_compile import MhcError
+from mhc_compile import MhcError, _torch
 from tests.checks import assert_moves
 
 hf.logging.set_verbosity_error()
@@ -320,6 +321,38 @@ def test_gradient_checkpointing_with_dropout(name: str, use_reentrant: bool) -> 
     assert not expected.allclose(plain_loss)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(checkpointed_gradients, gradients)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_.*:FutureWarning")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_inputs_that_require_gradients_for_checkpointing(frozen: bool, monkeypatch) -> None:
+    """A hook on the embedding calls `requires_grad_`, also where nothing is recorded."""
+    monkeypatch.setattr(
+        _torch, "compile_inductor", lambda graph, inputs, _: aot_eager(graph, inputs)
+    )
+    model = transformed("llama")
+    model.get_input_embeddings().requires_grad_(not frozen)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    moved(model, TRAINING)
+    train_step(model)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+    model.eval()
+    outputs = []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            outputs.append(model(tokens()).logits.detach())
+    generated = model.generate(tokens(1), **GREEDY).sequences
+    assert mhc_compile.check(model, **TRAINING)
+
+    unhooked = transformed("llama")
+    unhooked.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = unhooked(tokens()).logits
+    for output in outputs:
+        torch.testing.assert_close(output, expected)
+    assert generated.equal(unhooked.generate(tokens(1), **GREEDY).sequences)
 
 
 # --- dtypes --------------------------------------------------------------------------------------
