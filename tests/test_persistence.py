@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import json
 import pickle
 import warnings
@@ -53,14 +54,18 @@ class Model(nn.Module):
 INPUT = (torch.linspace(-1, 1, 2 * 5 * WIDTH).reshape(2, 5, WIDTH),)
 
 
+_numbers = itertools.count()
+
+
 def transformed(model: nn.Module, **options) -> nn.Module:
     """A transformed model whose mHC parameters are not where they started, nor another's."""
     config = mhc_compile.Config(**options)
     mhc_compile.transform(model, n=config.n, example_inputs=INPUT, config=config)
     assert_moves(model, INPUT)
+    generator = torch.Generator().manual_seed(next(_numbers))
     with torch.no_grad():
         for parameter in mhc_compile.parameters(model):
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return model
 
 
