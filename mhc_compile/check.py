@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from . import _torch, initial, swap
 from .connection import Connection, Connections, StreamParameters
 from .declare import Spec
-from .history import graphs
-from .passes.errors import CheckError, MhcError, NotTransformedError
+from .history import RewrittenGraph, graphs
+from .passes.errors import CheckError, MhcError, NotCapturedError, NotTransformedError
 from .pending import is_pending
 
 __all__ = ["Check", "Step", "check"]
@@ -266,7 +266,8 @@ class _Checking:
         return f"by {moved:.1e} (relative)"
 
     def _why_not_moved(self) -> str:
-        alive = {site.name for site in graphs(self.model)[-1].sites if not site.excluded}
+        graph = _last_graph(self.model)
+        alive = {s.name for s in graph.sites if not s.excluded} if graph is not None else set()
         if len(alive) == sum(isinstance(s.module, Connection) for s in self.sites):
             return (
                 "All sites are n-stream in the captured graph, but the model scales what its "
@@ -487,9 +488,19 @@ def _precision_of(model: nn.Module, outputs: Sequence[Tensor]) -> float:
 
 def _precision_within(model: nn.Module) -> float:
     """The largest machine epsilon inside of the model, which may set autocast itself."""
-    values = (n.meta.get("example_value") for n in graphs(model)[-1].after.graph.nodes)
+    graph = _last_graph(model)
+    nodes = graph.after.graph.nodes if graph is not None else ()
+    values = (n.meta.get("example_value") for n in nodes)
     dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()}
     return max((torch.finfo(d).eps for d in dtypes), default=0.0)
+
+
+def _last_graph(model: nn.Module) -> RewrittenGraph | None:
+    """The graph that was captured last; None if there is none, which is what is to be found out."""
+    try:
+        return graphs(model)[-1]
+    except NotCapturedError:
+        return None
 
 
 # --- leaving no trace ---------------------------------------------------------------------------

@@ -81,6 +81,14 @@ ALLOWED |= dict.fromkeys(
     "every program is perturbed, moves, and is compared with the open form; many have idle groups",
 )
 ALLOWED["tests/test_check.py::test_the_model_is_left_as_it_was"] = "no results are compared"
+ALLOWED["tests/test_backend.py::test_one_stream_leaves_every_model_plain"] = "it has no site"
+ALLOWED["tests/test_backend.py::test_a_first_call_trains_its_own_model"] = "it asks for gradients"
+ALLOWED["tests/passes/test_operators.py::test_an_add_of_the_users_own_is_no_residual_add"] = (
+    "no site"
+)
+ALLOWED["tests/test_ownership.py::test_forwards_that_are_set_again_and_taken_away_count"] = (
+    "perturbed from the first; each forward has an effect of its own"
+)
 ALLOWED["tests/zoo/test_zoo.py::test_h_res_is_indexed_out_in"] = "literal numbers, of streams apart"
 ALLOWED["tests/test_backend.py::test_one_stream_leaves_a_plain_model_plain"] = "it has no site"
 ALLOWED["tests/zoo/test_zoo.py::test_streams_part_with_the_first_optimizer_step"] = "it moves them"
