@@ -308,4 +308,4 @@ def test_inputs_that_were_guessed_wrong_are_said_so() -> None:
         mhc_compile.transform(model, n=2)
     inputs = {**IDS, "attention_mask": torch.ones_like(IDS["input_ids"])}
     torch.testing.assert_close(output(model, **inputs), output(plain, **inputs))
-    assert not output(moved(model), **inputs).allclose(output(plain, **inputs))
+    assert not output(moved(model, inputs), **inputs).allclose(output(plain, **inputs))
