@@ -5,6 +5,7 @@ PEFT then keeps each container twice: as it was, and a copy for each adapter.
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 import mhc_compile
+from mhc_compile.declare import Spec
 from mhc_compile.passes.errors import ChainBrokenError, CheckpointError
+from mhc_compile.swap import SPEC
 from tests.checks import assert_moves
 from tests.test_huggingface import LAYERS, moved, plain_model, relative, tokens
 
@@ -201,7 +204,13 @@ def test_a_lost_site_is_noticed_behind_copies_as_well() -> None:
     wrapped = adapted()
     layer = wrapped.get_base_model().model.layers[0]
     assert layer.mhc.self_attn.witness.module in set(wrapped.modules())
-    layer.mhc.modules_to_save["default"].tensors = list  # declares nothing
+    layer.mhc.modules_to_save["default"].tensors = list
+    with pytest.raises(
+        ChainBrokenError, match=r"'self_attn' of module 'model\.layers\.0' are gone"
+    ):
+        output(wrapped)
+    spec = Spec.from_json(layer.__dict__[SPEC])
+    layer.__dict__[SPEC] = replace(spec, sites=()).to_json()  # declares nothing
     with pytest.raises(ChainBrokenError, match=r"model\.layers\.0\.(self_attn|mlp)"):
         output(wrapped)
 
