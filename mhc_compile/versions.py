@@ -16,7 +16,7 @@ TORCH = ("2.11.0", "2.12.1", "2.13.0", "2.14.1")
 """Oldest first, the last release of each minor version; constraints.txt pins one of them."""
 
 TRANSFORMERS = ("5.0.0", "5.23.0", "5.24.0")
-"""The oldest that works, the one that constraints.txt pins, the newest."""
+"""The oldest that pyproject.toml allows, the one that constraints.txt pins, the newest."""
 
 PYTHON = ("3.11", "3.12", "3.13")
 

@@ -19,9 +19,9 @@ NOT_CORE = (
     *("test_layers.py", "test_comparisons.py", "test_packaging.py", "test_retrofit.py"),
 )
 CORE = ("kernels/test_eager.py", "kernels/test_ops.py", "kernels/test_post_res.py")
-"""`pytest -m core`, which `make newest` and `make versions` run, is all but NOT_CORE, and CORE: a
-few minutes of everything that depends on the versions of torch, triton and transformers. A new file
-belongs to it unless it is named here."""
+"""`pytest -m core`, which `make newest` and `make versions` run, is all but NOT_CORE, and CORE:
+what depends on the versions of torch, triton and transformers. A new file belongs to it unless it
+is named here."""
 
 
 def is_core(file: Path) -> bool:
