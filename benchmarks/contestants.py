@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhc_compile.kernels import reference, seam_ops, site_ops  # noqa: F401  (registers mhc::)
+from mhc_compile.kernels import reference
+from mhc_compile.kernels.ops import seam as seam_ops  # noqa: F401  (registers mhc::)
 from mhc_compile.kernels.variants import get_variant
 
 Step = Callable[[], Any]

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 import mhc_compile
-from mhc_compile import _torch, swap
+from mhc_compile import _torch
+from mhc_compile.model import swap
 
 SIZES = {"tiny": (2, 32, 16), "small": (12, 256, 128)}
 """Layers, width, tokens."""

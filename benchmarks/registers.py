@@ -94,12 +94,12 @@ A cell is *registers · programs · bandwidth*:
 {gpus}
 
 Variants other than `mhc` are compiled for sm_90; of these the table has what differs from `mhc`.
-`tests/kernels/test_compiled.py` compiles a part again. It fails if a kernel has a stack or spills,
-if a thread has fewer accesses of 16 bytes than it has parts of streams (and of φ, dy, y) to load or
-to store, or they move a smaller share of the bytes than they would if all streams were wide; and
-if this page is not what the script writes of the present kernels. Narrow are the numbers of a token
-(H_pre, H_post, H_res: 4 bytes each), rows of φ that are no multiple of 16 bytes or too short for
-all threads, and on gfx942 the stores of parts of dφ, up to 128 of 4 bytes in a thread of
+`tests/kernels/gpu/test_compiled.py` compiles a part again. It fails if a kernel has a stack or
+spills, if a thread has fewer accesses of 16 bytes than it has parts of streams (and of φ, dy, y) to
+load or to store, or they move a smaller share of the bytes than they would if all streams were
+wide; and if this page is not what the script writes of the present kernels. Narrow are the numbers
+of a token (H_pre, H_post, H_res: 4 bytes each), rows of φ that are no multiple of 16 bytes or too
+short for all threads, and on gfx942 the stores of parts of dφ, up to 128 of 4 bytes in a thread of
 `projection.gradients`.
 Streams are loaded and none is stored by {loading}.
 All numbers: [registers.json](../benchmarks/results/registers.json).

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import reference
 from .dtypes import compute_dtype
-from .ops import sinkhorn_knopp_backward
+from .ops.basic import sinkhorn_knopp_backward
 from .variants import Gate, Variant
 
 Coefficients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

@@ -20,7 +20,7 @@ Note: These functions write graphs
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401  (registers the mhc:: operators)
+from .ops import basic  # noqa: F401  (registers the mhc:: operators)
 from .variants import Gate, Variant
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from . import projection
+    from .gpu import projection
 
 
 @dataclass(frozen=True)
@@ -271,13 +271,13 @@ class _Call:
 
     @cached_property
     def forward(self) -> "projection.Config":
-        from . import projection
+        from .gpu import projection
 
         return projection.config(self.n, self.C, self.columns, self.dtype)
 
     @cached_property
     def backward(self) -> "projection.Slots":
-        from . import projection
+        from .gpu import projection
 
         return projection.slots(self.T, self.n, self.C, self.columns, self.dtype)
 
@@ -288,14 +288,14 @@ class _Call:
     @property
     def chains(self) -> int:
         """Programs of the chain."""
-        from . import codegen
+        from .gpu import codegen
 
         return -(-self.T // codegen.tokens_per_program(self.n))
 
     @property
     def rereads(self) -> int:
         """How often post_res and its backward read the coefficients of a token."""
-        from . import launch
+        from .gpu import launch
 
         channels = launch.blocks(self.C, self.dtype).channels
         return 1 if self.n <= MOST_STREAMS else -(-self.C // channels)

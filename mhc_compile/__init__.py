@@ -8,12 +8,12 @@ from . import versions
 versions.warn_of_untested(torch.__version__)
 
 # ruff: noqa: E402
-from .check import Check, check
 from .config import Config
-from .explain import Explanation, explain
-from .history import RewrittenGraph, graphs
+from .inspect.check import Check, check
+from .inspect.explain import Explanation, explain
+from .inspect.history import RewrittenGraph, graphs
 from .passes.errors import MhcError
-from .passes.sites import Reason
+from .passes.sites.records import Reason
 from .persistence import load, save
 from .pretrained import from_pretrained
 from .transform import parameters, revert, transform

@@ -23,17 +23,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from . import _torch, guard, history, swap
-from .backward import number_calls
+from . import _torch
 from .capture import copy_graph, relabelled
+from .compiler import guard
+from .compiler.own import has_connections, rewrite
+from .compiler.partitioned import PartitionedPasses
 from .config import Config
-from .declare import Spec, collect, declaration_nodes
-from .hooks import errors_name_hooks
-from .own import has_connections, rewrite
-from .partitioned import PartitionedPasses
-from .passes.canonicalize import canonicalize
+from .inspect import history
+from .model import swap
+from .model.backward import number_calls
+from .model.declare import Spec, collect, declaration_nodes
+from .model.hooks import errors_name_hooks
 from .passes.context import Context
-from .passes.detect import detect
 from .passes.errors import (
     ChainBrokenError,
     GraphBreakError,
@@ -43,7 +44,9 @@ from .passes.errors import (
 )
 from .passes.pipeline import EXAMINE, PIPELINE
 from .passes.runner import HistoryEntry, Pass, run_pipeline
-from .passes.sites import identity_of, stack_of
+from .passes.sites.canonicalize import canonicalize
+from .passes.sites.detect import detect
+from .passes.sites.records import identity_of, stack_of
 from .transform import DDP_COMES_LAST, attach, context_of, options_of, owners_in
 
 __all__ = ["check_options", "eager", "mhc"]

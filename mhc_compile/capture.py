@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from . import _torch, adapters
+from . import _torch
 from ._torch import pytree
-from .backward import traced_backward_hooks
+from .model import adapters
+from .model.backward import traced_backward_hooks
 from .passes.errors import CaptureError, ExampleInputsError, GraphBreakError, MhcError
-from .passes.sites import identity_of
+from .passes.sites.records import identity_of
 
 __all__ = ["CapturedGraph", "as_call", "capture", "merge", "relabelled"]
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import Config
-from .connection import (
+from .model.connection import (
     ENTRY,
     Connection,
     Connections,
@@ -28,9 +28,9 @@ from .connection import (
     warn_of_old_state,
     why_not_loaded,
 )
+from .model.pending import is_pending, refuse_pending, then
+from .model.swap import is_swapped
 from .passes.errors import CheckpointError, NotTransformedError
-from .pending import is_pending, refuse_pending, then
-from .swap import is_swapped
 
 CONFIG_FILE = "mhc_config.json"
 WEIGHTS_FILE = "mhc_model.safetensors"

@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
-from . import adapters, swap
 from .capture import GRAPH_NUMBER, CapturedGraph, as_call, capture, first_break, merge
+from .compiler.guard import witnesses
 from .config import Config
-from .connection import Connection, Connections, Head, StreamParameters
-from .declare import DeclaredSite, Spec
-from .guard import witnesses
+from .model import adapters, swap
+from .model.connection import Connection, Connections, Head, StreamParameters
+from .model.declare import DeclaredSite, Spec
+from .model.pending import is_pending, postpone, refuse_pending, withdraw
 from .passes.context import Context, Options
-from .passes.dataflow import DataFlow
 from .passes.errors import (
     DoubleTransformError,
     ExampleInputsError,
@@ -28,11 +28,11 @@ from .passes.errors import (
     NotTransformedError,
     UnsupportedError,
 )
+from .passes.graph.dataflow import DataFlow
 from .passes.pipeline import EXAMINE
-from .passes.recognize import write_backs
+from .passes.recognition.recognize import write_backs
 from .passes.runner import run_pipeline
-from .passes.sites import Detection, Site, identity_of, location_of, stack_of
-from .pending import is_pending, postpone, refuse_pending, withdraw
+from .passes.sites.records import Detection, Site, identity_of, location_of, stack_of
 
 __all__ = ["examine", "parameters", "revert", "transform"]
 

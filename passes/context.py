@@ -12,7 +12,7 @@ from torch import fx
 from ..kernels.variants import Variant
 
 if TYPE_CHECKING:
-    from .sites import Detection, Rejected, Site
+    from .sites.records import Detection, Rejected, Site
 
 __all__ = ["Context", "Declaration", "Options", "PassResult"]
 

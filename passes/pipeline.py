@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from torch import fx
 
-from .canonicalize import canonicalize
 from .context import Context
-from .defer_norm import defer_norm
-from .detect import detect
-from .fuse_coefficients import fuse_coefficients
-from .fuse_seams import fuse_seams
-from .hoist_views import hoist_views
-from .lower import lower
-from .operators import op_name
-from .recognize import recognize
+from .fusion.fuse_coefficients import fuse_coefficients
+from .fusion.fuse_seams import fuse_seams
+from .fusion.hoist_views import hoist_views
+from .fusion.report_kernels import lower
+from .graph.operators import op_name
+from .open_form.defer_norm import defer_norm
+from .open_form.widen import branch_input, widen
+from .recognition.recognize import recognize
 from .runner import Pass
-from .widen import branch_input, widen
+from .sites.canonicalize import canonicalize
+from .sites.detect import detect
 
 __all__ = ["EXAMINE", "OWN", "PARTITIONED", "PIPELINE", "REQUIRED"]
 

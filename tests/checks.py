@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import mhc_compile
-from mhc_compile.connection import Connection, StreamParameters
+from mhc_compile.model.connection import Connection, StreamParameters
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 """The keyword arguments, or the positional ones, of a call."""

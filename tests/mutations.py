@@ -68,8 +68,8 @@ def _of(tests: str, file: str, *mistakes: tuple[str, str, str]) -> list[Mutation
 
 MUTATIONS = [
     *_of(
-        "test_defer_norm.py",
-        "defer_norm.py",
+        "open_form/test_defer_norm.py",
+        "open_form/defer_norm.py",
         (
             "a deferred norm loses its eps",
             "write.call(operator.add, mean, norm.eps)",
@@ -137,8 +137,8 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "test_defer_norm.py",
-        "norms.py",
+        "open_form/test_defer_norm.py",
+        "graph/norms.py",
         (
             "the default eps is that of bfloat16",
             "computed_in = torch.promote_types(value.dtype, torch.float32)",
@@ -146,8 +146,8 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "test_fuse_coefficients.py",
-        "fuse_coefficients.py",
+        "fusion/test_fuse_coefficients.py",
+        "fusion/fuse_coefficients.py",
         (
             "H_res takes the place of its transpose",
             """\
@@ -189,8 +189,8 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "test_fuse_coefficients.py",
-        "mapping.py",
+        "fusion/test_fuse_coefficients.py",
+        "recognition/mapping.py",
         (
             "coefficients written in place count as unchanged",
             "if region.written:",
@@ -218,8 +218,8 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "test_fuse_coefficients.py",
-        "identify.py",
+        "fusion/test_fuse_coefficients.py",
+        "recognition/coefficients.py",
         (
             "rows are normalised before columns",
             "found = replace(residual, pre=pre,",
@@ -232,13 +232,13 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "test_fuse_coefficients.py",
-        "match.py",
+        "fusion/test_fuse_coefficients.py",
+        "recognition/evaluation.py",
         ("nearly the same is the same", "_CLOSE = 1e-12", "_CLOSE = 1e-8"),
     ),
     *_of(
-        "test_fuse_coefficients.py",
-        "token_rules.py",
+        "fusion/test_fuse_coefficients.py",
+        "recognition/token_rules.py",
         (
             "an iteration of Sinkhorn-Knopp is lost",
             "reference.sinkhorn_knopp(call.first.data, iterations, eps)",
@@ -246,8 +246,8 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "test_recognize.py",
-        "recognize.py",
+        "recognition/test_recognize.py",
+        "recognition/recognize.py",
         (
             "projections are joined in any order",
             "gates.sort(key=lambda p: not _meets(p, (mapping.n, mapping.width)))",
@@ -265,8 +265,8 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "test_recognize.py",
-        "mapping.py",
+        "recognition/test_recognize.py",
+        "recognition/mapping.py",
         (
             "a transposed part of b is not transposed back",
             'write.call("transpose", bias, -1, -2) if flipped else bias',
@@ -279,13 +279,13 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "test_recognize.py",
-        "fuse_coefficients.py",
+        "recognition/test_recognize.py",
+        "fusion/fuse_coefficients.py",
         ("streams are mixed with the transpose", "if form == 1:", "if False:"),
     ),
     *_of(
-        "test_fuse_seams.py",
-        "fuse_seams.py",
+        "fusion/test_fuse_seams.py",
+        "fusion/fuse_seams.py",
         (
             "a seam gets H_pre for dH_post",
             "arguments = (dh, dH_post, dH_res, H_pre, X, *kept, total)",
@@ -313,8 +313,8 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "test_fuse_seams.py",
-        "fusion.py",
+        "fusion/test_fuse_seams.py",
+        "fusion/replace.py",
         (
             "the other gradients of X are dropped",
             "return left[self.root]",
@@ -370,16 +370,16 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "test_hoist_views.py",
-        "hoist_views.py",
+        "fusion/test_hoist_views.py",
+        "fusion/hoist_views.py",
         ("others that read the streams lose them", "len(source.users) == 1", "True"),
         ("what is overwritten is read too late", "and not touched", ""),
         ("channels and streams may change places", "same_sizes(shape[-2:], rows)", "True"),
         ("streams may be flattened with tokens", "0 <= d < axes", "0 <= d"),
     ),
     *_of(
-        "test_modes.py",
-        "modes.py",
+        "graph/test_modes.py",
+        "graph/modes.py",
         (
             "the end of an autocast region is not seen",
             "return replace(mode, autocast=before.autocast)",
@@ -394,14 +394,14 @@ MUTATIONS = [
     *(
         mutation
         for file, what in (
-            ("canonicalize.py", "an RMSNorm"),
-            ("recognize.py", "projections"),
-            ("defer_norm.py", "a norm and its products"),
-            ("fuse_coefficients.py", "a connection"),
-            ("hoist_views.py", "a view and a connection"),
+            ("sites/canonicalize.py", "an RMSNorm"),
+            ("recognition/recognize.py", "projections"),
+            ("open_form/defer_norm.py", "a norm and its products"),
+            ("fusion/fuse_coefficients.py", "a connection"),
+            ("fusion/hoist_views.py", "a view and a connection"),
         )
         for mutation in _of(
-            "test_modes.py",
+            "graph/test_modes.py",
             file,
             (
                 f"{what} may stand in two modes",
@@ -411,13 +411,13 @@ MUTATIONS = [
         )
     ),
     *_of(
-        "test_modes.py",
-        "detect.py",
+        "graph/test_modes.py",
+        "sites/detect.py",
         ("a sum in two modes is a site", "if not self._in_one_mode(x, adds):", "if False:"),
     ),
     *_of(
-        "test_modes.py",
-        "widen.py",
+        "graph/test_modes.py",
+        "open_form/widen.py",
         (
             "coefficients behind a branch under no_grad get no gradient",
             "if recorded and not self.modes.of(mark).grad:",

@@ -38,7 +38,7 @@ GOALS = {
 TRUTHS = {
     ("tests/passes/recurrence.py", "assert_is_truth"),
     ("tests/passes/recurrence.py", "site"),
-    ("tests/test_hooks.py", "recurrence"),
+    ("tests/model/test_hooks.py", "recurrence"),
     ("tests/test_ownership.py", "truth"),
 }
 """The n-stream model written out by hand, which is not the plain one once parameters moved."""
@@ -58,9 +58,9 @@ ALLOWED |= dict.fromkeys(
 )
 ALLOWED |= dict.fromkeys(
     [
-        "tests/passes/test_modes.py::test_a_connection_in_two_modes_stays_as_it_is",
-        "tests/passes/test_modes.py::test_a_connection_around_a_branch_in_another_mode_is_recognised",
-        "tests/passes/test_modes.py::test_projections_in_different_modes_are_not_joined",
+        "tests/passes/graph/test_modes.py::test_a_connection_in_two_modes_stays_as_it_is",
+        "tests/passes/graph/test_modes.py::test_a_connection_around_a_branch_in_another_mode_is_recognised",
+        "tests/passes/graph/test_modes.py::test_projections_in_different_modes_are_not_joined",
     ],
     "connections that the model has itself: nothing was transformed",
 )
@@ -72,7 +72,7 @@ ALLOWED |= dict.fromkeys(
     ],
     "the parameters have PEFT's names: `adapted` moves them, and the first asks for gradients",
 )
-ALLOWED["tests/passes/test_widen.py::test_perturbed_graph_agrees_with_truth"] = (
+ALLOWED["tests/passes/open_form/test_widen.py::test_perturbed_graph_agrees_with_truth"] = (
     "its table of cases is the recurrence by hand, and not the plain program"
 )
 ALLOWED["tests/test_ownership.py::test_a_parametrization_of_an_owner_outlives_revert"] = "reverted"
@@ -80,10 +80,10 @@ ALLOWED |= dict.fromkeys(
     ["tests/fuzz/test_fuzz.py"],
     "every program is perturbed, moves, and is compared with the open form; many have idle groups",
 )
-ALLOWED["tests/test_check.py::test_the_model_is_left_as_it_was"] = "no results are compared"
+ALLOWED["tests/inspect/test_check.py::test_the_model_is_left_as_it_was"] = "no results are compared"
 ALLOWED["tests/test_backend.py::test_one_stream_leaves_every_model_plain"] = "it has no site"
 ALLOWED["tests/test_backend.py::test_a_first_call_trains_its_own_model"] = "it asks for gradients"
-ALLOWED["tests/passes/test_operators.py::test_an_add_of_the_users_own_is_no_residual_add"] = (
+ALLOWED["tests/passes/graph/test_operators.py::test_an_add_of_the_users_own_is_no_residual_add"] = (
     "no site"
 )
 ALLOWED["tests/test_ownership.py::test_forwards_that_are_set_again_and_taken_away_count"] = (

@@ -8,4 +8,8 @@ def test_every_mistake_can_still_be_made():
     assert [m.name for m in MUTATIONS if not m.is_applicable] == []
     assert len({m.name for m in MUTATIONS}) == len(MUTATIONS)
     assert all((ROOT / m.tests).exists() and m.new != m.old for m in MUTATIONS)
-    assert {m.file for m in MUTATIONS} >= {"defer_norm.py", "fuse_coefficients.py", "fusion.py"}
+    assert {m.file for m in MUTATIONS} >= {
+        "open_form/defer_norm.py",
+        "fusion/fuse_coefficients.py",
+        "fusion/replace.py",
+    }

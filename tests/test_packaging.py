@@ -25,7 +25,7 @@ NOT_SHIPPED = (
 MODULES = [
     "mhc_compile",
     "mhc_compile.config",
-    "mhc_compile.connection",
+    "mhc_compile.model.connection",
     "mhc_compile.kernels.variants",
     "mhc_compile.kernels.reference",
     "mhc_compile.passes.runner",
@@ -106,7 +106,7 @@ def test_an_install_has_the_package_and_no_bare_floors(kind, checkout, tmp_path)
 
     home = checkout if kind == "editable" else target
     assert sources(home / "mhc_compile") == sources(checkout / "mhc_compile")
-    assert "kernels/cpp/vec.h" in sources(home / "mhc_compile")  # read when kernels are built
+    assert "kernels/cpu/vec.h" in sources(home / "mhc_compile")  # read when kernels are built
     assert (home / "mhc_compile" / "py.typed").exists()
     for name, file in answer["modules"].items():
         assert Path(file).is_relative_to(home / "mhc_compile"), f"{name} came from {file}"

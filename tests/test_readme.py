@@ -175,7 +175,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
     "Compiler passes that turn any residual PyTorch model": ("make zoo", "make fuzz"),
     "The model is captured by Dynamo, every residual add": (
         f"{_ZOO}::test_equals_plain_model_in_float64_and_every_group_learns",
-        "tests/passes/test_widen.py::test_perturbed_graph_agrees_with_truth",
+        "tests/passes/open_form/test_widen.py::test_perturbed_graph_agrees_with_truth",
     ),
     "It computes nothing and allocates nothing for them": (
         f"{_MODES}::test_transform_changes_neither_state_nor_random_numbers",
@@ -203,31 +203,31 @@ PROMISES: dict[str, tuple[str, ...]] = {
         f"{_HF}::test_gradient_checkpointing_with_dropout",
     ),
     "`check` takes the model's own arguments": (
-        "tests/test_check.py::test_a_model_that_computes_plain_residuals",
-        "tests/test_check.py::test_one_site_that_is_not_n_stream",
-        "tests/test_check.py::test_the_model_is_left_as_it_was",
+        "tests/inspect/test_check.py::test_a_model_that_computes_plain_residuals",
+        "tests/inspect/test_check.py::test_one_site_that_is_not_n_stream",
+        "tests/inspect/test_check.py::test_the_model_is_left_as_it_was",
     ),
     "Nothing else is computed in silence": (
-        "tests/test_guard.py::test_every_broken_tie_is_an_error",
-        "tests/test_guard.py::test_a_block_exchanged_for_a_plain_one_is_an_error",
+        "tests/compiler/test_guard.py::test_every_broken_tie_is_an_error",
+        "tests/compiler/test_guard.py::test_a_block_exchanged_for_a_plain_one_is_an_error",
     ),
     "Each captured call is compared with what was declared": (
-        "tests/test_guard.py::test_every_broken_tie_is_an_error",
-        "tests/test_guard.py::test_a_skipped_block_is_not_a_lost_one",
-        "tests/test_guard.py::test_a_block_exchanged_for_a_plain_one_is_an_error",
+        "tests/compiler/test_guard.py::test_every_broken_tie_is_an_error",
+        "tests/compiler/test_guard.py::test_a_skipped_block_is_not_a_lost_one",
+        "tests/compiler/test_guard.py::test_a_block_exchanged_for_a_plain_one_is_an_error",
     ),
     "A `forward` that you replace": (
         "tests/test_ownership.py::test_what_is_done_afterwards_counts",
         "tests/test_ownership.py::test_a_forward_replaced_on_the_class_counts_at_the_next_call",
-        "tests/test_hooks.py::test_a_hook_on_a_branch_counts_at_the_next_call_and_so_does_removing_it",
+        "tests/model/test_hooks.py::test_a_hook_on_a_branch_counts_at_the_next_call_and_so_does_removing_it",
     ),
     "Forward and pre-hooks on a block": (
-        "tests/test_hooks.py::test_a_hook_on_a_block_acts_on_every_stream_and_sees_one",
-        "tests/test_hooks.py::test_a_hook_that_replaces_a_stream_is_named",
+        "tests/model/test_hooks.py::test_a_hook_on_a_block_acts_on_every_stream_and_sees_one",
+        "tests/model/test_hooks.py::test_a_hook_that_replaces_a_stream_is_named",
     ),
     "Backward hooks see": (
-        "tests/test_hooks.py::test_a_hook_on_a_block_acts_on_every_stream_and_sees_one",
-        "tests/test_hooks.py::test_what_torch_compile_cannot_capture_is_named",
+        "tests/model/test_hooks.py::test_a_hook_on_a_block_acts_on_every_stream_and_sees_one",
+        "tests/model/test_hooks.py::test_what_torch_compile_cannot_capture_is_named",
     ),
     "`state_dict`, `torch.save` and `save_pretrained` contain": (
         f"{_SAVE}::test_the_state_of_another_function_is_refused_before_anything_is_loaded",
@@ -238,9 +238,9 @@ PROMISES: dict[str, tuple[str, ...]] = {
         f"{_ERRORS}::test_transforms_of_torch_func_are_named",
     ),
     "- **Modes.** An operation keeps the mode": (
-        "tests/passes/test_modes.py::test_under_no_grad",
-        "tests/passes/test_modes.py::test_under_autocast",
-        "tests/passes/test_modes.py::test_a_sum_in_two_modes_is_no_site",
+        "tests/passes/graph/test_modes.py::test_under_no_grad",
+        "tests/passes/graph/test_modes.py::test_under_autocast",
+        "tests/passes/graph/test_modes.py::test_a_sum_in_two_modes_is_no_site",
     ),
     "The backend is found by its entry point": (
         f"{_BACKEND}::test_the_backend_is_found_by_its_name",
@@ -261,7 +261,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
         f"{_OWN}::test_qwen4_exp",
         f"{_OWN}::test_deepseek_v4_in_bfloat16_is_fused_where_it_does_not_round",
         f"{_OWN}::test_autocast_rounds_the_projection",
-        "tests/passes/test_modes.py::test_a_connection_in_two_modes_stays_as_it_is",
+        "tests/passes/graph/test_modes.py::test_a_connection_in_two_modes_stays_as_it_is",
     ),
     "Options that describe new connections": (
         f"{_OWN}::test_options_of_new_connections_are_refused",
@@ -271,12 +271,12 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "tests/test_readme.py::test_accelerate_refuses_the_name",
     ),
     "| `explain(model, *args, **kwargs)` |": (
-        "tests/test_report.py::test_the_text_holds_every_add_with_its_reason_and_place",
-        "tests/test_report.py::test_the_html_holds_every_add_with_its_reason_and_place",
+        "tests/inspect/test_report.py::test_the_text_holds_every_add_with_its_reason_and_place",
+        "tests/inspect/test_report.py::test_the_html_holds_every_add_with_its_reason_and_place",
     ),
     "| `graphs(model)` |": (f"{_BACKEND}::test_graphs_keep_the_whole_history",),
     '`TORCH_LOGS="+mhc_compile"` logs': (
-        "tests/test_partitioned.py::test_what_the_passes_do_is_logged_and_traced",
+        "tests/compiler/test_partitioned.py::test_what_the_passes_do_is_logged_and_traced",
         "tests/passes/test_runner.py::test_passes_are_logged",
     ),
     "| `n` | 4 |": (
@@ -285,30 +285,30 @@ PROMISES: dict[str, tuple[str, ...]] = {
     ),
     "| `init` |": (
         "tests/test_config.py::test_every_option_is_documented",
-        "tests/test_connection.py::test_paper_init_has_the_published_values",
+        "tests/model/test_connection.py::test_paper_init_has_the_published_values",
     ),
     "| `include`, `exclude` |": (f"{_MODES}::test_an_excluded_add_stays_plain_on_every_stream",),
     "**Post-norm transformers**": (
-        "tests/test_connection.py::test_streams_of_a_non_linear_chain_start_apart_by_spread_only",
+        "tests/model/test_connection.py::test_streams_of_a_non_linear_chain_start_apart_by_spread_only",
         f"{_ZOO}::test_streams_part_with_the_first_optimizer_step",
-        "tests/test_connection.py::test_h_res_learns_from_the_first_step",
+        "tests/model/test_connection.py::test_h_res_learns_from_the_first_step",
     ),
     "Pre-norm models need nothing": (
-        "tests/test_connection.py::test_no_two_streams_start_alike",
+        "tests/model/test_connection.py::test_no_two_streams_start_alike",
         f"{_ZOO}::test_equals_plain_model_in_float64_and_every_group_learns",
     ),
     "An add `z = x + F(x)` where": (
-        "tests/passes/test_detect.py::test_sites_are_those_a_person_counts",
+        "tests/passes/sites/test_detect.py::test_sites_are_those_a_person_counts",
     ),
     "Only the flow of data counts": (
-        "tests/passes/test_detect.py::test_sites_are_those_a_person_counts",
+        "tests/passes/sites/test_detect.py::test_sites_are_those_a_person_counts",
     ),
     "- Taken: pre-norm, post-norm and sandwich blocks": (
-        "tests/passes/test_detect.py::test_sites_are_those_a_person_counts",
+        "tests/passes/sites/test_detect.py::test_sites_are_those_a_person_counts",
         "make zoo",
     ),
     "- Not taken, each with its reason in `explain`": (
-        "tests/passes/test_detect.py::test_rejected_adds_say_why",
+        "tests/passes/sites/test_detect.py::test_rejected_adds_say_why",
         f"{_ZOO}::test_every_rejected_add_has_its_reason",
     ),
     "[docs/errors.md](docs/errors.md) what each error means": (

@@ -28,11 +28,11 @@ from torch import Tensor, fx, nn
 import mhc_compile
 from mhc_compile import Config, backend
 from mhc_compile.capture import copy_graph
-from mhc_compile.connection import StreamParameters
-from mhc_compile.passes import detect as detector
-from mhc_compile.passes.canonicalize import canonicalize
-from mhc_compile.passes.detect import detect
+from mhc_compile.model.connection import StreamParameters
 from mhc_compile.passes.errors import NoSitesError
+from mhc_compile.passes.sites import detect as detector
+from mhc_compile.passes.sites.canonicalize import canonicalize
+from mhc_compile.passes.sites.detect import detect
 from mhc_compile.transform import context_of
 from tests import checks
 from tests.zoo.rewritten import Captured

@@ -22,7 +22,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from mhc_compile.kernels.launch import Launch
+from mhc_compile.kernels.gpu.launch import Launch
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mhc_compile.kernels import gpu, readout
-from mhc_compile.kernels.launch import Launch, recording
+from mhc_compile.kernels.gpu import backend as gpu
+from mhc_compile.kernels.gpu import readout
+from mhc_compile.kernels.gpu.launch import Launch, recording
 from mhc_compile.kernels.variants import Variant
 
 TOKENS = 3000

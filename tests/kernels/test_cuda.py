@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mhc_compile.kernels import eager, gpu
+from mhc_compile.kernels import eager
+from mhc_compile.kernels.gpu import backend as gpu
 from mhc_compile.kernels.variants import get_variant
 
 from .operands import EPS, random_site

@@ -5,7 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import traffic as pages
-from mhc_compile.kernels import eager, gpu, post_res, pre, projection, readout, seam, traffic
+from mhc_compile.kernels import eager, traffic
+from mhc_compile.kernels.gpu import backend as gpu
+from mhc_compile.kernels.gpu import post_res, pre, projection, readout, seam
 from mhc_compile.kernels.variants import get_variant
 
 from .counting import requested_bytes

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from mhc_compile import Config
 from mhc_compile.capture import capture, merge
 from mhc_compile.passes.context import Context
-from mhc_compile.passes.detect import detect
-from mhc_compile.passes.sites import Detection
+from mhc_compile.passes.sites.detect import detect
+from mhc_compile.passes.sites.records import Detection
 from mhc_compile.transform import context_of
 
 WIDTH = 6
@@ -45,7 +45,7 @@ def captured(function: Callable[..., Any], *inputs: Tensor) -> tuple[fx.GraphMod
 
 def detected(function: Callable[..., Any], *inputs: Tensor) -> Detection:
     """What `detect` finds in a program, canonicalized first."""
-    from mhc_compile.passes.canonicalize import canonicalize
+    from mhc_compile.passes.sites.canonicalize import canonicalize
 
     gm, context = captured(function, *inputs)
     canonicalize(gm, context)
@@ -56,6 +56,6 @@ def detected(function: Callable[..., Any], *inputs: Tensor) -> Detection:
 
 def operations(gm: fx.GraphModule) -> list[str]:
     """Names of the operations of a graph, in order."""
-    from mhc_compile.passes.operators import op_name
+    from mhc_compile.passes.graph.operators import op_name
 
     return [op_name(n) for n in gm.graph.nodes if n.op in ("call_function", "call_method")]

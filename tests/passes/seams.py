@@ -13,8 +13,8 @@ from torch import Tensor, fx
 
 from mhc_compile.kernels.variants import Variant, get_variant
 from mhc_compile.passes.context import Context, Options
-from mhc_compile.passes.fuse_seams import fuse_seams
-from mhc_compile.passes.operators import op_name
+from mhc_compile.passes.fusion.fuse_seams import fuse_seams
+from mhc_compile.passes.graph.operators import op_name
 
 ops = torch.ops.mhc
 WIDTH, EPS = 8, 1e-6

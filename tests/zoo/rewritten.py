@@ -21,10 +21,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx.passes import _tensorify_python_scalars
 
 import mhc_compile
-from mhc_compile import Config, _torch, swap
+from mhc_compile import Config, _torch
 from mhc_compile.backend import eager, mhc
 from mhc_compile.capture import copy_graph
-from mhc_compile.declare import Spec, declaration_nodes
+from mhc_compile.model import swap
+from mhc_compile.model.declare import Spec, declaration_nodes
 from mhc_compile.passes.runner import HistoryEntry
 from tests.checks import Run, connections, loss_of, perturb, tensors
 

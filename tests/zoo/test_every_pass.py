@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mhc_compile import config, guard
-from mhc_compile.passes.operators import op_name
+from mhc_compile import config
+from mhc_compile.compiler import guard
+from mhc_compile.passes.graph.operators import op_name
 from mhc_compile.passes.pipeline import PIPELINE, REQUIRED
 from tests.checks import Run, gradient_error, output_error
 from tests.models import GPT, ids

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from mhc_compile.passes.operators import op_name, value_of
+from mhc_compile.passes.graph.operators import op_name, value_of
 from tests.checks import Run, gradient_error, output_error
 from tests.zoo.models import BY_NAME
 from tests.zoo.rewritten import Captured, Rewritten

@@ -1,0 +1,223 @@
+"""The operators of a site on GPUs, NVIDIA's and AMD's, by Triton kernels.
+
+The tensor contract is that of `eager`, for contiguous streams of 16 or 32 bits. Every function is
+a few launches, one behind the other, of which none waits for the device:
+
+    coefficients                 project, chain_forward
+    coefficients_pre             project, chain_forward, pre
+    seam                         post_res_project, chain_forward, pre
+    coefficients_backward        chain_backward, gradients, parameters
+    coefficients_pre_backward    dots, chain_backward, gradients, parameters
+    seam_backward                dots, chain_backward, seam_gradients, parameters, tokens
+
+`pre`, `post_res` and their backwards are one kernel each. Results of forward are bit-equal between
+`seam`, `coefficients_pre` and the separate functions: they share the pieces that compute them, and
+a token's sums do not depend on how many tokens there are.
+"""
+
+import torch
+from torch import Tensor
+
+from ..eager import Coefficients, Gradients
+from ..variants import Variant
+from . import codegen, projection, sums
+from .launch import launch, token_blocks
+from .post_res import post_res, post_res_backward
+from .pre import dots, pre, pre_backward
+from .readout import expand, expand_backward, readout, readout_backward
+from .seam import post_res_project, seam_gradients
+
+__all__ = [
+    "coefficients",
+    "coefficients_backward",
+    "coefficients_pre",
+    "coefficients_pre_backward",
+    "expand",
+    "expand_backward",
+    "post_res",
+    "post_res_backward",
+    "pre",
+    "pre_backward",
+    "readout",
+    "readout_backward",
+    "seam",
+    "seam_backward",
+    "supports",
+]
+
+MOST_STREAMS = 10
+"""No variant has more than n² + 2n columns, `projection.MOST_COLUMNS` at most."""
+
+
+def supports(dtype: torch.dtype, n: int) -> bool:
+    """Whether the functions here take such streams: all of them do, or none, because results of
+    different implementations are not bit-equal."""
+    return dtype in projection.DTYPES and n <= MOST_STREAMS
+
+
+def coefficients(
+    X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, variant: Variant, eps: float
+) -> Coefficients:
+    """H_pre [T, n], H_post [T, n], H_res [T, n, n], y = x⃗ φ [T, columns] and 1 / r [T]."""
+    return _chain_forward(X, *projection.project(X, phi), alpha, bias, variant, eps)
+
+
+def coefficients_backward(
+    dH_pre: Tensor,
+    dH_post: Tensor,
+    dH_res: Tensor,
+    X: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    y: Tensor,
+    inv_r: Tensor,
+    *,
+    variant: Variant,
+    eps: float,
+) -> Gradients:
+    """dX, dφ, dα, db of `coefficients`."""
+    dy, norm_grad, chain_sums = _chain_backward(
+        dH_pre, dH_post, dH_res, X, alpha, bias, y, inv_r, variant
+    )
+    dX, dphi_parts = projection.gradients(X, phi, dy, norm_grad)
+    return dX, *_parameters(dphi_parts, chain_sums, X, variant)
+
+
+def coefficients_pre(
+    X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, variant: Variant, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h = H_pre X, H_pre, H_post, H_res, y, 1 / r."""
+    found = coefficients(X, phi, alpha, bias, variant=variant, eps=eps)
+    return (pre(found[0], X), *found)
+
+
+def coefficients_pre_backward(
+    dh: Tensor,
+    dH_post: Tensor,
+    dH_res: Tensor,
+    H_pre: Tensor,
+    X: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    y: Tensor,
+    inv_r: Tensor,
+    partial: Tensor | None,
+    *,
+    variant: Variant,
+    eps: float,
+) -> Gradients:
+    """dX, dφ, dα, db of `coefficients_pre`; `partial`, if given, is added to dX."""
+    dy, norm_grad, chain_sums = _chain_backward(
+        dots(dh, X), dH_post, dH_res, X, alpha, bias, y, inv_r, variant
+    )
+    dX, dphi_parts = projection.gradients(
+        X, phi, dy, norm_grad, dh=dh, H_pre=H_pre, partial=partial
+    )
+    return dX, *_parameters(dphi_parts, chain_sums, X, variant)
+
+
+def seam(
+    H_res: Tensor,
+    H_post: Tensor,
+    X: Tensor,
+    f: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    variant: Variant,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """X' = H_res X + H_postᵀ f, and from X' of the next site h, H_pre, H_post, H_res, y, 1 / r."""
+    X2, y_parts, square_parts = post_res_project(H_res, H_post, X, f, phi)
+    found = _chain_forward(X2, y_parts, square_parts, alpha, bias, variant, eps)
+    return (X2, pre(found[0], X2), *found)
+
+
+def seam_backward(
+    dh: Tensor,
+    dH_post_next: Tensor,
+    dH_res_next: Tensor,
+    H_pre_next: Tensor,
+    X2: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    y: Tensor,
+    inv_r: Tensor,
+    partial: Tensor | None,
+    H_res: Tensor,
+    H_post: Tensor,
+    X: Tensor,
+    f: Tensor,
+    *,
+    variant: Variant,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dφ, dα, db, dH_res, dH_post, dX, df of `seam`; `partial` is a further gradient of X'."""
+    dy, norm_grad, chain_sums = _chain_backward(
+        dots(dh, X2), dH_post_next, dH_res_next, X2, alpha, bias, y, inv_r, variant
+    )
+    dH_res, dH_post, dX, df, dphi_parts = seam_gradients(
+        dh, H_pre_next, X2, phi, dy, norm_grad, partial, H_res, H_post, X, f
+    )
+    return *_parameters(dphi_parts, chain_sums, X2, variant), dH_res, dH_post, dX, df
+
+
+# --- the generated chain --------------------------------------------------------------------------
+
+
+def _chain_forward(
+    X: Tensor,
+    y_parts: Tensor,
+    square_parts: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    variant: Variant,
+    eps: float,
+) -> Coefficients:
+    T, n, C = X.shape
+    splits, _, columns = y_parts.shape
+    shapes = ((T, n), (T, n), (T, n, n), (T, columns), (T,))
+    H_pre, H_post, H_res, y, inv_r = (y_parts.new_empty(shape) for shape in shapes)
+    BT = codegen.tokens_per_program(n)
+    launch(
+        codegen.load(variant, n).chain_forward, (token_blocks(T, BT),),
+        H_pre, H_post, H_res, y, inv_r, y_parts, square_parts, alpha, bias, T, n * C, eps,
+        SPLITS=splits, BT=BT, num_warps=1,
+    )  # fmt: skip
+    return H_pre, H_post, H_res, y, inv_r
+
+
+def _chain_backward(
+    dH_pre: Tensor,
+    dH_post: Tensor,
+    dH_res: Tensor,
+    X: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    y: Tensor,
+    inv_r: Tensor,
+    variant: Variant,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dy [T, columns], norm_grad [T], and sums for dα and db, [programs, 2, columns]."""
+    T, n, C = X.shape
+    BT = codegen.tokens_per_program(n)
+    programs = token_blocks(T, BT)
+    dy, norm_grad = torch.empty_like(y), torch.empty_like(inv_r)
+    chain_sums = y.new_empty(programs, 2, y.shape[1])
+    launch(
+        codegen.load(variant, n).chain_backward, (programs,),
+        dy, norm_grad, chain_sums, dH_pre, dH_post, dH_res, alpha, bias, y, inv_r, T, n * C,
+        BT=BT, num_warps=1,
+    )  # fmt: skip
+    return dy, norm_grad, chain_sums
+
+
+def _parameters(
+    dphi_parts: Tensor, chain_sums: Tensor, X: Tensor, variant: Variant
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dφ, dα, db from their parts."""
+    return sums.parameters(dphi_parts, chain_sums, variant.columns(X.shape[1]))

@@ -1,0 +1,178 @@
+"""``explain``: every residual-looking add of a model, taken or not, why, and where."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from ..capture import as_call, capture, copy_graph, merge
+from ..compiler.own import connections
+from ..config import Config
+from ..model import swap
+from ..model.declare import Spec, collect
+from ..passes.errors import ExampleInputsError
+from ..passes.graph.operators import shape_of
+from ..passes.recognition.recognize import write_backs
+from ..passes.sites.canonicalize import canonicalize
+from ..passes.sites.detect import detect
+from ..passes.sites.records import Detection, Reason, Rejected, Site
+from ..transform import context_of, infer_inputs
+
+__all__ = ["Add", "Explanation", "explain"]
+
+
+@dataclass(frozen=True)
+class Add:
+    """One add of two tensors.
+
+    Attributes:
+        name: owner and branch (``model.layers.0.self_attn``); the node's name if rejected.
+        owner: path of the module whose forward contains the add.
+        chain: number of its chain, -1 for a rejected add.
+        reason: in words for a site, a ``Reason`` for a rejected add.
+        location: ``file:line``.
+        width: C, the size of the channel axis; 0 for a rejected add.
+        node: name of the add in the captured graph.
+        detail: what differs, for a hyper-connection of the model's own that is not one of ours.
+    """
+
+    name: str
+    owner: str
+    chain: int
+    reason: str | Reason
+    location: str
+    width: int
+    node: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``transform`` takes, or took, of a model. Prints as a table.
+
+    Nothing is added to a model that was written with hyper-connections: its sites are those that
+    run on our operators when it is compiled with ``backend="mhc"``.
+
+    Attributes:
+        model: the model's class name.
+        n: number of streams.
+        sites: the accepted adds, in the order of the forward.
+        rejected: the others.
+        chains: the accepted adds of each chain.
+        own: whether the sites are hyper-connections that the model was written with.
+    """
+
+    model: str
+    n: int
+    sites: Sequence[Add]
+    rejected: Sequence[Add]
+    chains: Sequence[Sequence[Add]] = field(repr=False)
+    own: bool = False
+
+    def __str__(self) -> str:
+        from .report.text import table
+
+        return table(self)
+
+    def to_html(self, path: str) -> None:
+        """Write the table as one self-contained HTML file."""
+        from .report.html import write
+
+        write(self, path)
+
+
+def explain(
+    model: nn.Module, *args: Any, config: Config | None = None, **kwargs: Any
+) -> Explanation:
+    """Find every residual-looking add in one call of a model, without computing anything.
+
+    Args:
+        model: plain or transformed.
+        *args, **kwargs: what the model's forward takes; left out, they are inferred as in
+            ``transform``.
+        config: for a plain model, what ``transform`` would be given.
+
+    Raises:
+        ExampleInputsError: the arguments do not fit, or none were given and none can be inferred.
+        MhcError: see ``transform``.
+    """
+    call = as_call((args, kwargs)) if args or kwargs else infer_inputs(model)
+    if call is None:
+        raise ExampleInputsError(
+            f"explain needs the inputs of {type(model).__name__}: explain(model, *args, **kwargs)"
+        )
+    declared = _declared_config(model)
+    chosen = declared or config or Config()
+    gm, inputs = merge(capture(model, *call))
+    own = [] if declared else connections(copy_graph(gm)).own
+    context = context_of(gm, inputs, model, chosen)
+    canonicalize(gm, context)
+    if declared is not None:
+        collect(gm.graph, context)
+        context.homes = frozenset(d.chain for g in (context.declarations or {}).values() for d in g)
+    detect(gm, context)
+    found = context.detection
+    assert found is not None
+    if own:
+        return _explain_own(model, own, found, {w.node for w in write_backs(gm.graph)})
+    adds = {s: _add(model, s, s.chain, "excluded" if s.excluded else s.reason) for s in found.sites}
+    return Explanation(
+        model=type(model).__name__,
+        n=chosen.n,
+        sites=list(adds.values()),
+        rejected=[_add(model, r, -1, r.reason) for r in found.rejected],
+        chains=[[adds[s] for s in chain] for chain in found.chains],
+    )
+
+
+def _explain_own(
+    model: nn.Module, own: Sequence[Site | Rejected], found: Detection, written: set[fx.Node]
+) -> Explanation:
+    """The connections of a model that was written with some, and every other add.
+
+    Args:
+        written: the sums in which these connections end.
+    """
+    sites = [s for s in own if isinstance(s, Site)]
+    adds = [_add(model, s, s.chain, s.reason) for s in sites]
+    others = [r for r in found.rejected if r.node not in written]
+    plain = [s for s in found.sites if s.node not in written]
+    return Explanation(
+        model=type(model).__name__,
+        n=max((int(shape_of(s.x)[-2]) for s in sites), default=1),  # type: ignore[call-overload]
+        sites=adds,
+        rejected=[
+            *(_add(model, r, -1, r.reason) for r in own if isinstance(r, Rejected)),
+            *(_add(model, s, -1, Reason.OWN_CONNECTIONS) for s in plain),
+            *(_add(model, r, -1, r.reason) for r in others),
+        ],
+        chains=[[a for a in adds if a.chain == k] for k in dict.fromkeys(a.chain for a in adds)],
+        own=True,
+    )
+
+
+def _declared_config(model: nn.Module) -> Config | None:
+    for module in model.modules():
+        if swap.is_swapped(module):
+            return Spec.from_json(module.__dict__[swap.SPEC]).config
+    return None
+
+
+def _add(model: nn.Module, found: Site | Rejected, chain: int, reason: str) -> Add:
+    location = found.location or _source_of(model, found.owner)
+    node, detail = found.node.name, getattr(found, "detail", "")
+    return Add(found.name, found.owner, chain, reason, location, found.width, node, detail)
+
+
+def _source_of(model: nn.Module, path: str) -> str:
+    """File and class of a module, where the trace has no line to show."""
+    module = dict(model.named_modules())[path]
+    original = swap.original_class(module)
+    try:
+        return f"{inspect.getsourcefile(original)} ({original.__name__})"
+    except TypeError:
+        return original.__name__

@@ -1,0 +1,399 @@
+"""fuse_coefficients: the open form of a site becomes three operators.
+
+    x = X.flatten(-2).to(K)                          # eq. 14-19 of arXiv:2512.24880
+    y = mhc.matmul(x, φ) * rsqrt(mean(x²) + eps)     # or mhc.matmul(rms_norm(x), φ)
+    H_pre = σ(y[:n] * α[0] + b[:n]); ...         ->  H_pre, H_post, H_res =
+    H_res = mhc.sinkhorn_knopp(..., 20)                  mhc.coefficients(X, φ, α, b, variant, eps)
+    h = mhc.matmul(H_pre, X).to(dtype)           ->  h = mhc.pre(H_pre, X, dtype)
+    X' = mhc.matmul(H_res, X) + H_post fᵀ        ->  X' = mhc.post_res(H_res, H_post, X, f)
+
+What a group of nodes computes is found by running it (see ``evaluation``), so neither names nor order
+nor spelling matter, and n, eps and the variant come from the graph itself: a hand-written site of
+the same mathematics becomes the same operators. The projection may stand with its norm or in the
+form that ``defer_norm`` gives it. What does not match stays as it is, and the notes say why.
+
+Numerics are those of the open form. Coefficients are float32, or float64 with a float64 φ, and
+sums over streams accumulate in that dtype: a group that rounds in between is left alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ...kernels.ops import site as site_ops  # noqa: F401  (registers the operators)
+from ..context import Context, PassResult
+from ..graph.dataflow import erase_dead_code, unread
+from ..graph.modes import behind_switches, is_read_in_another_mode, kept_apart
+from ..graph.operators import (
+    Kind,
+    dtype_of,
+    is_float_tensor,
+    kind_of,
+    op_name,
+    same_sizes,
+    shape_of,
+)
+from ..graph.writer import Writer
+from ..recognition.coefficients import Refused
+from ..recognition.evaluation import Region, close, evaluate_down, grow, random, strip_casts, way_up
+from ..recognition.mapping import (
+    Mapping,
+    Reading,
+    is_widened,
+    mappings,
+    place_of,
+    read,
+    require_one_precision,
+    require_one_tag,
+)
+from ..recognition.token_rules import TOKENS, Known, Value
+from ..sites.records import Reason, Rejected, Site, location_of, stack_of
+
+__all__ = ["fuse_coefficients"]
+
+_NEARBY = 150
+"""Nodes between coefficients and the streams they are applied to; a bound on the search."""
+
+_PRE, _POST, _RES = range(3)
+
+
+def fuse_coefficients(gm: fx.GraphModule, context: Context) -> PassResult:
+    """Fuse every mapping that is one, then what its coefficients are applied to."""
+    with kept_apart(gm.graph, context.grad_enabled):
+        return _fuse(gm, context)
+
+
+def _fuse(gm: fx.GraphModule, context: Context) -> PassResult:
+    effects = unread(gm.graph)
+    report = _Report()
+    fused = [_fuse_mapping(m, context, report) for m in mappings(gm.graph)]
+    found = [f for f in fused if f is not None]
+    if found:
+        erase_dead_code(gm.graph, keep=effects)
+    for site in found:
+        _fuse_pre(site, report)
+        _fuse_post_res(site, report)
+    if found:
+        erase_dead_code(gm.graph, keep=effects)
+    context.own += [*_own_sites(found), *report.refused]
+    return PassResult(gm, changed=bool(found), notes=report.notes())
+
+
+@dataclass
+class _Report:
+    """What was fused and what was not, equal cases counted."""
+
+    made: dict[str, int] = field(default_factory=dict)
+    left: dict[str, list[str]] = field(default_factory=dict)
+    refused: list[Rejected] = field(default_factory=list)
+
+    def add(self, operator_name: str) -> None:
+        self.made[operator_name] = self.made.get(operator_name, 0) + 1
+
+    def refuse(self, what: str, reason: object, node: fx.Node) -> str:
+        """Note what is left open, and why; returns that without its place."""
+        stack, note = stack_of(node), f"{what} left open: {reason}"
+        place = " ".join(p for p in (stack[-1][1] if stack else "", location_of(node)) if p)
+        self.left.setdefault(note, []).append(place or node.name)
+        return note
+
+    def notes(self) -> list[str]:
+        made = [f"{count} x mhc.{name}" for name, count in self.made.items()]
+        return made + [
+            f"{len(places)} x {reason} (at {places[0]}{', ...' if len(places) > 1 else ''})"
+            for reason, places in self.left.items()
+        ]
+
+
+# --- from the projection to the coefficients ------------------------------------------------------
+
+
+@dataclass
+class _Coefficients:
+    """The coefficients of a site as the graph has them now.
+
+    Attributes:
+        operator: the call of ``mhc::coefficients``.
+        H_res: None where the streams are not mixed: it is I.
+        X: what the site makes of its streams, if that was found; f: of which output of a branch.
+        remarks: what was left open behind the coefficients.
+    """
+
+    reading: Reading
+    operator: fx.Node
+    H_pre: fx.Node
+    H_post: fx.Node
+    H_res: fx.Node | None
+    X: fx.Node | None = None
+    f: fx.Node | None = None
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def width(self) -> int:
+        """C."""
+        return self.reading.mapping.width
+
+
+def _fuse_mapping(mapping: Mapping, context: Context, report: _Report) -> _Coefficients | None:
+    try:
+        reading = read(mapping)
+    except Refused as refused:
+        report.refuse("mapping", refused, mapping.y)
+        if mapping.y in context.written_back:
+            own = Rejected(mapping.y, refused.reason, detail=str(refused), width=mapping.width)
+            own.owner, own.branch_name = place_of(mapping.y)
+            own.location = location_of(mapping.y)
+            report.refused.append(own)
+        return None
+    if reading is None:
+        return None
+    report.add(f"coefficients {reading.variant.text}")
+    return _write(reading)
+
+
+def _write(reading: Reading) -> _Coefficients:
+    m, variant, given = reading.mapping, reading.variant, reading.parameters
+    dtype = dtype_of(m.y)
+    write = Writer(max(m.y, *given.nodes), m.y)  # all coefficients are computed from these
+    X = m.X
+    if not same_sizes(shape_of(X)[:-2], shape_of(m.y)[:-1]):
+        X = write.call("unflatten", strip_casts(m.flat), -1, (m.n, shape_of(X)[-1]))
+    phi = write.call("t", m.phi) if m.by_rows else m.phi
+    if m.weight is not None:
+        scale = write.call("unsqueeze", write.cast(m.weight, dtype), -1)
+        phi = write.call(operator.mul, phi, scale)
+    alpha = given.write_alpha(write, phi, dtype)
+    bias = given.write_bias(write, phi, dtype, variant.columns(m.n))
+    target = torch.ops.mhc.coefficients.default
+    made = write.call(target, X, phi, alpha, bias, variant.text, reading.eps, name="coefficients")
+    mixed = any(role == _RES for role, _ in reading.chosen.values())
+    H = [_result(write, made, role) for role in range(3 if mixed else 2)]
+    for node, (role, flipped) in reading.chosen.items():
+        new = H[role]
+        if flipped:
+            new = write.call("transpose", new, -1, -2)
+        node.replace_all_uses_with(write.cast(new, dtype_of(node)))
+    return _Coefficients(reading, made, H[_PRE], H[_POST], H[_RES] if mixed else None)
+
+
+def _result(write: Writer, made: fx.Node, role: int) -> fx.Node:
+    return write.call(operator.getitem, made, role, name=("H_pre", "H_post", "H_res")[role])
+
+
+# --- what coefficients are applied to -------------------------------------------------------------
+
+
+def _fuse_pre(site: _Coefficients, report: _Report) -> None:
+    products = _Products([site.H_pre], site.width)
+    X, (H_pre,) = products.X, products.coefficients
+    wanted = [(H_pre.unsqueeze(1) @ X).squeeze(1)]
+    for end, write, (H_pre_node, X_node), _ in products.find(wanted, "H_pre X", site, report):
+        dtype = dtype_of(end)
+        h = write.call(torch.ops.mhc.pre.default, H_pre_node, X_node, dtype, name="h")
+        end.replace_all_uses_with(h)
+        report.add("pre")
+
+
+def _fuse_post_res(site: _Coefficients, report: _Report) -> None:
+    coefficients = [H for H in (site.H_post, site.H_res) if H is not None]
+    products = _Products(coefficients, site.width)
+    X, f, (H_post, *H_res) = products.X, products.f, products.coefficients
+    added = H_post.unsqueeze(-1) * f.unsqueeze(1)
+    wanted = [H_res[0] @ X + added, H_res[0].mT @ X + added] if H_res else [X + added]
+    what = "H_res X + H_postᵀ f" if H_res else "X + H_postᵀ f"
+    for end, write, operands, form in products.find(wanted, what, site, report):
+        H_post_node, *mix, X_node, f_node = operands
+        H = mix[0] if mix else _result(write, site.operator, _RES)
+        if form == 1:
+            H = write.call("transpose", H, -1, -2)
+        dtype = dtype_of(end)
+        if dtype != dtype_of(X_node):  # the operator rounds to X's, which the open form did not
+            X_node = write.cast(X_node, products.dtype)
+        new = write.call(torch.ops.mhc.post_res.default, H, H_post_node, X_node, f_node, name="X")
+        site.X, site.f = write.cast(new, dtype), f_node
+        end.replace_all_uses_with(site.X)
+        report.add("post_res")
+    if site.X is None and products.left:
+        site.X = products.left[0]
+
+
+_Found = tuple[fx.Node, Writer, list[fx.Node], int]
+"""The node to replace, a writer behind it, the operands, and which of the wanted forms it is."""
+
+
+class _Products:
+    """What coefficients, streams X and a branch's output f are combined to.
+
+    Args:
+        nodes: the coefficients to begin with, H_pre, or H_post and H_res.
+        width: C.
+    """
+
+    def __init__(self, nodes: Sequence[fx.Node], width: int) -> None:
+        self.dtype, shape = dtype_of(nodes[0]), shape_of(nodes[0])
+        self.n, self.width = int(shape[-1]), width  # type: ignore[call-overload]
+        lead = len(shape) - 1
+        self.seeds: dict[fx.Node, Value] = {
+            node: Value(_random_operand(shape_of(node)[lead:], 11 + i), lead)
+            for i, node in enumerate(nodes)
+        }
+        self.X = _random_operand((self.n, width), 7)
+        self.f = _random_operand((width,), 6)
+        self.others: dict[tuple[int, ...], fx.Node] = {}  # X and f, by the sizes of a token
+        self.left: list[fx.Node] = []  # what was found and could not be replaced
+
+    @property
+    def coefficients(self) -> list[Tensor]:
+        """What stands for each coefficient."""
+        return [seed.data for seed in self.seeds.values()]
+
+    def find(
+        self, wanted: Sequence[Tensor], what: str, site: _Coefficients, report: _Report
+    ) -> list[_Found]:
+        """The nodes whose value is one of those wanted, each with the cast that follows it."""
+        region = grow(
+            dict(self.seeds), self._bind, until=lambda v: self._form(v, wanted) is not None,
+            most=_NEARBY,
+        )  # fmt: skip
+        found = []
+        for node in region.found:
+            try:
+                form = self._form(region.known[node], wanted)
+                assert form is not None
+                found.append((*self._examined(node, region), form))
+            except Refused as refused:
+                site.remarks.append(report.refuse(what, refused, node))
+                self.left.append(node)
+        if not region.found:
+            first = next(iter(self.seeds))
+            elsewhere = any(map(is_read_in_another_mode, region.known))
+            reason = "read in another mode" if elsewhere else "not found behind its coefficients"
+            site.remarks.append(report.refuse(what, reason, first))
+        return found
+
+    @staticmethod
+    def _form(value: Value, wanted: Sequence[Tensor]) -> int | None:
+        return next((i for i, w in enumerate(wanted) if close(value.data, w)), None)
+
+    def _examined(self, node: fx.Node, region: Region) -> tuple[fx.Node, Writer, list[fx.Node]]:
+        if region.written:
+            raise Refused("values in between are written in place", Reason.OWN_PLACE)
+        used, end = region.above(node), self._rounded(node)
+        require_one_precision(used, self.dtype)
+        require_one_tag([*used, end])
+        write, lead = Writer(end, end), region.known[node].lead
+        coefficients = [self._viewed(seed, lead, region, used, write) for seed in self.seeds]
+        tails = ((self.n, self.width), (self.width,))
+        return end, write, [*coefficients, *(self.others[t] for t in tails if t in self.others)]
+
+    def _viewed(
+        self, seed: fx.Node, lead: int, region: Region, used: list[fx.Node], write: Writer
+    ) -> fx.Node:
+        """Coefficients with the leading dimensions that X has."""
+        if self.seeds[seed].lead == lead:
+            return seed
+        data = self.seeds[seed].data
+        for node in used:
+            value = region.known[node]
+            if not isinstance(value, Value) or value.lead != lead:
+                continue
+            if torch.equal(value.data, data):
+                return node
+            if len(value.tail) == 2 and torch.equal(value.data.mT, data):
+                return write.call("transpose", node, -1, -2)
+        raise Refused(
+            "its coefficients are reshaped in a way that is not known", Reason.OWN_COEFFICIENTS
+        )
+
+    def _rounded(self, node: fx.Node) -> fx.Node:
+        """The cast of a result, if nothing else reads it."""
+        while dtype_of(node) is self.dtype and len(node.users) == 1:
+            (user,) = node.users
+            if kind_of(user) is not Kind.CAST or not is_float_tensor(user):
+                break
+            node = user
+        (user, *others) = node.users or (node,)
+        plain = op_name(user) == "contiguous" and len(user.args) == 1 and not user.kwargs
+        return user if plain and not others else node
+
+    def _bind(self, operand: fx.Node, known: Known, reader: fx.Node) -> None:
+        """Give X and f their values: operands that show ``[..., n, C]``, else ``[..., C]``."""
+        leads = {v.lead: shape_of(n)[: v.lead] for n, v in known.items() if isinstance(v, Value)}
+        for tail, data in (((self.n, self.width), self.X), ((self.width,), self.f)):
+            for lead, tokens in leads.items():
+                ends = partial(self._has, tail=tail, tokens=tokens)
+                way = way_up(operand, until=ends)
+                source = strip_casts(way[-1])
+                if ends(way[-1]) and self.others.setdefault(tail, source) is source:
+                    known[way[-1]] = Value(data, lead)
+                    evaluate_down(way, known)
+                    return
+
+    @staticmethod
+    def _has(node: fx.Node, tail: tuple[int, ...], tokens: tuple[object, ...]) -> bool:
+        return is_float_tensor(node) and same_sizes(shape_of(node), (*tokens, *tail))
+
+
+@cache
+def _random_operand(tail: tuple[int, ...], seed: int) -> Tensor:
+    return random(TOKENS, *tail, seed=seed)
+
+
+# --- what was recognised --------------------------------------------------------------------------
+
+
+def _own_sites(found: Sequence[_Coefficients]) -> list[Site]:
+    """The sites that were written by hand, in the order of the graph."""
+    sites: list[Site] = []
+    for made in found:
+        if not is_widened(made.reading.mapping.y):
+            sites.append(_own_site(made, sites))
+    return sites
+
+
+def _own_site(made: _Coefficients, before: Sequence[Site]) -> Site:
+    reading = made.reading
+    X, _, alpha, bias, *_ = made.operator.args
+    assert isinstance(X, fx.Node)
+    X, node = behind_switches(X), made.X or made.operator
+    source = way_up(X)[-1]
+    previous = next((s for s in before if s.node is source), None)
+    owner, name = place_of(reading.mapping.y)
+    same = sum(s.owner == owner and s.branch_name.partition(":")[0] == name for s in before)
+    return Site(
+        node=node,
+        x=X,
+        skip=X,
+        skip_path=[],
+        branch=[behind_switches(made.f)] if made.f is not None else [],
+        adds=[node],
+        previous=previous,
+        owner=owner,
+        branch_name=f"{name}_{same}" if same else name,
+        channel_in=-1,
+        width=made.width,
+        chain=previous.chain if previous else len({s.chain for s in before}),
+        position=previous.position + 1 if previous else 0,
+        reason="; ".join((f"recognised: {reading.variant.text}", *made.remarks)),
+        location=location_of(node),
+        parameters=_placeholders([reading.mapping.phi, alpha, bias]),
+    )
+
+
+def _placeholders(nodes: Sequence[Any]) -> list[fx.Node]:
+    """The inputs of the graph that parameters show or are put together from."""
+    found: dict[fx.Node, None] = {}
+    pending = list(nodes)
+    while pending:
+        node = pending.pop(0)
+        if node.op == "placeholder":
+            found[node] = None
+        pending += node.all_input_nodes
+    return list(found)

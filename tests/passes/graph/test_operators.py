@@ -1,0 +1,118 @@
+"""Operators are known by what they are, not by what they are called."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import mhc_compile
+from mhc_compile.passes.errors import NoSitesError
+from mhc_compile.passes.graph.operators import Kind, kind_of, op_name
+from tests.passes.graphs import WIDTH
+
+
+@torch.library.custom_op("mhc_test::add", mutates_args=())
+def custom_add(x: Tensor, y: Tensor) -> Tensor:
+    return x + 3 * y
+
+
+@custom_add.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch._dynamo.allow_in_graph
+def add(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x, y)
+
+
+@torch._dynamo.allow_in_graph
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    return (x.cumsum(-1) @ weight.T).sin()
+
+
+@torch._dynamo.allow_in_graph
+def dropout(x: Tensor, p: float) -> Tensor:
+    return x.flip(-1)
+
+
+def call(target: Any, *args: Any) -> fx.Node:
+    return fx.Graph().create_node("call_function", target, args)
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        (operator.add, "add"),
+        (operator.iadd, "iadd"),
+        (torch.add, "add"),
+        (F.linear, "linear"),
+        (F.layer_norm, "layer_norm"),
+        (torch.nn.functional.scaled_dot_product_attention, "scaled_dot_product_attention"),
+        (Tensor.__radd__, "add"),
+        (torch.ops.aten.add.Tensor, "add"),
+        (torch.ops.mhc_test.add.default, "mhc_test::add"),
+        (add, "tests.passes.graph.test_operators::add"),
+        (dropout, "tests.passes.graph.test_operators::dropout"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_only_known_functions_have_a_bare_name(target: Any, name: str) -> None:
+    node = call(target)
+    assert op_name(node) == name
+    if "::" in name:
+        assert kind_of(node) is Kind.MIXING
+
+
+class Block(nn.Module):
+    def __init__(self, combine: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.linear, self.combine = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), combine
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.combine(x, self.linear(self.norm(x)))
+
+
+@pytest.mark.parametrize("combine", [custom_add, add], ids=["custom_op", "allow_in_graph"])
+def test_an_add_of_the_users_own_is_no_residual_add(combine: Any) -> None:
+    """A7: it was taken for `+`, and the output was another one."""
+    model = nn.Sequential(*(Block(combine) for _ in range(3))).double()
+    x = torch.randn(2, 3, WIDTH, dtype=torch.float64)
+    expected = model(x)
+    with pytest.raises(NoSitesError):
+        mhc_compile.transform(model, n=4, example_inputs=(x,))
+    assert model(x).equal(expected)
+
+
+class InBranches(nn.Module):
+    """Own functions inside of branches, called like others: they compute what they compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + dropout(linear(x, self.weight), 0.5)
+
+
+def test_functions_of_the_users_own_stay_what_they_are() -> None:
+    from tests import checks
+    from tests.zoo.truth import Streams, readout
+
+    plain = nn.Sequential(InBranches(), InBranches()).double()
+    x = torch.randn(2, 3, WIDTH, dtype=torch.float64)
+    expected = plain(x)
+    model = mhc_compile.transform(plain, n=4, example_inputs=(x,))
+    assert checks.error(model(x), expected) < 1e-12
+    checks.assert_moves(model, (x,))
+    streams = Streams(4, checks.connections(model))
+    X = streams.expand(x)
+    for (name, _), block in zip(checks.connections(model).items(), model, strict=True):
+        X = streams.connect(X, name, lambda h, w=block.weight: (h.cumsum(-1) @ w.T).sin().flip(-1))
+    assert checks.error(model(x), readout(X)) < 1e-12

@@ -1,0 +1,284 @@
+"""widen: the n-stream graph computes what the paper's formulas say, written out in `recurrence`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mhc_compile
+from tests.checks import assert_moves
+
+from ..graphs import WIDTH, Program, stream
+from ..recurrence import N, expand, leaves, norm, perturb, perturbed, site
+
+
+def plain_pre(m, x):
+    x = x + m.a(norm(x))
+    x = x + m.b(x)
+    return norm(x)
+
+
+def truth_pre(m, x):
+    X = site(expand(x), m.mhc.a, lambda h: m.a(norm(h)))
+    X = site(X, m.mhc.b, m.b)
+    return norm(X.mean(-2))
+
+
+def plain_post(m, x):
+    x = norm(x + m.a(x))
+    return norm(x + m.b(x))
+
+
+def truth_post(m, x):
+    X = norm(site(expand(x), m.mhc.a, m.a))
+    return norm(site(X, m.mhc.b, m.b).mean(-2))
+
+
+def plain_scaled(m, x):
+    x = 0.5 * x + m.a(x)
+    x = m.scale * torch.relu(x) + m.b(x)
+    return x, x + m.c(x)
+
+
+def truth_scaled(m, x):
+    X = site(expand(x), m.mhc.a, m.a, lambda S: 0.5 * S)
+    X = site(X, m.mhc.b, m.b, lambda S: m.scale * torch.relu(S))
+    return X.mean(-2), site(X, m.mhc.c, m.c).mean(-2)
+
+
+def plain_parallel(m, x):
+    x = (x + m.a(x)) + m.b(x)
+    return m.c(x) + (torch.ones_like(x) + x)
+
+
+def truth_parallel(m, x):
+    X = site(expand(x), m.mhc.a, lambda h: m.a(h) + m.b(h))
+    return site(X, m.mhc.c, lambda h: m.c(h) + 1).mean(-2)
+
+
+def plain_nested(m, x):
+    h = x + m.a(x)
+    h = h + m.b(h)
+    x = x + m.c(h)
+    return x + m.d(x)
+
+
+def truth_nested(m, x):
+    def branch(h):
+        H = site(expand(h), m.mhc.a, m.a)
+        return m.c(site(H, m.mhc.b, m.b).mean(-2))
+
+    X = site(expand(x), m.mhc.a_1, branch) if "a_1" in m.mhc._modules else None
+    if X is None:
+        X = site(expand(x), m.mhc.c, branch)
+    return site(X, m.mhc.d, m.d).mean(-2)
+
+
+def plain_masked(m, x):
+    mask = torch.tensor([1.0, 0.25]).view(2, 1, 1)
+    x = x + m.a(x)
+    x = x * mask
+    return x + m.b(x)
+
+
+def truth_masked(m, x):
+    mask = torch.tensor([1.0, 0.25]).view(2, 1, 1, 1)
+    return site(site(expand(x), m.mhc.a, m.a) * mask, m.mhc.b, m.b).mean(-2)
+
+
+CASES = {
+    "pre-norm": (plain_pre, truth_pre),
+    "post-norm": (plain_post, truth_post),
+    "scaled skips, a state read in the middle": (plain_scaled, truth_scaled),
+    "parallel branches": (plain_parallel, truth_parallel),
+    "a chain inside a branch": (plain_nested, truth_nested),
+    "a mask over samples": (plain_masked, truth_masked),
+}
+
+
+RESHAPED = {
+    "view": (lambda x: x.view(-1, WIDTH), lambda x: x.view(2, 3, WIDTH)),
+    "sizes left open": (lambda x: x.reshape((6, -1)), lambda x: torch.reshape(x, (2, -1, WIDTH))),
+    "flatten": (lambda x: x.flatten(0, 1), lambda x: x.unflatten(0, (2, 3))),
+    "flatten, from the right": (lambda x: x.flatten(-3, -2), lambda x: x.unflatten(-2, (-1, 3))),
+    "by name": (
+        lambda x: torch.flatten(x, start_dim=0, end_dim=1),
+        lambda x: x.unflatten(dim=0, sizes=(2, 3)),
+    ),
+    "channels as well": (
+        lambda x: x.reshape(2, 3, 1, WIDTH).flatten(2),
+        lambda x: x.unflatten(-1, (1, WIDTH)).flatten(1, 2),
+    ),
+}
+
+
+def reshaped(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Tokens in another shape around the middle one of three sites."""
+    there, back = RESHAPED[name]
+
+    def plain(m, x):
+        x = there(x + m.a(x))
+        x = back(x + m.b(x.cumsum(0)))
+        return x + m.c(x)
+
+    def truth(m, x):
+        X = site(expand(x), m.mhc.a, m.a)
+        X = torch.stack([there(X[..., i, :]) for i in range(N)], -2)
+        X = site(X, m.mhc.b, lambda h: m.b(h.cumsum(0)))
+        X = torch.stack([back(X[..., i, :]) for i in range(N)], -2)
+        return site(X, m.mhc.c, m.c).mean(-2)
+
+    return plain, truth
+
+
+CASES |= {f"reshaped: {name}": reshaped(name) for name in RESHAPED}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_perturbed_graph_agrees_with_truth(name: str) -> None:
+    plain, truth = CASES[name]
+    model, x = perturbed(plain)
+    actual, expected = leaves(model(x)), leaves(truth(model, x))
+    plain_result = leaves(plain(model, x))
+    parameters = [x, *model.parameters()]
+    for a, e, p in zip(actual, expected, plain_result, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+        assert (a - p).norm() > 1e-2 * p.norm()
+    weights = [torch.randn_like(e) for e in expected]
+    gradients = [
+        torch.autograd.grad(
+            sum((w * o).sum() for w, o in zip(weights, outputs, strict=True)),
+            parameters,
+            allow_unused=True,
+        )
+        for outputs in (actual, expected)
+    ]
+    for got, want in zip(*gradients, strict=True):
+        if want is None:
+            assert got is None or not got.any()
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+def test_dropout_on_the_stream_draws_one_mask_for_all_streams() -> None:
+    def plain(m, x):
+        x = F.dropout(x + m.a(x), 0.5)
+        return x + m.b(x)
+
+    def truth(m, x):
+        X = site(expand(x), m.mhc.a, m.a)
+        return site(X * F.dropout(torch.ones_like(x), 0.5)[..., None, :], m.mhc.b, m.b).mean(-2)
+
+    model, x = perturbed(plain)
+    torch.manual_seed(3)
+    actual = model(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(actual, truth(model, x), rtol=1e-11, atol=1e-11)
+
+
+def permuted_stream(m, x):
+    x = x.permute(1, 0, 2)
+    x = F.dropout(x + m.a(x), 0.5)
+    return x + m.b(x)
+
+
+def permuted_branch(m, x):
+    x = x.permute(1, 0, 2)
+    x = x + F.dropout(x * x.cumsum(-1), 0.5)
+    return x + F.dropout(x * x.cumsum(-1), 0.5)
+
+
+def permuted_norm(m, x):
+    x = x.permute(1, 0, 2)
+    for _ in range(2):
+        h = x * x.cumsum(-1)
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        x = x + F.dropout(h, 0.5)
+    return x
+
+
+@pytest.mark.parametrize("plain", [permuted_stream, permuted_branch, permuted_norm])
+def test_dropout_draws_the_mask_of_the_plain_model(plain) -> None:
+    """Random numbers fill memory in its order, and a permuted tensor keeps another one."""
+    torch.manual_seed(2)
+    model, x = Program(plain).double(), stream(4, 5, WIDTH).double()
+    torch.manual_seed(3)
+    expected = model(x)
+    mhc_compile.transform(model, n=N, example_inputs=(x,))
+    torch.manual_seed(3)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert_moves(model, (x,))
+
+
+def test_a_branch_may_view_what_it_could_view_before() -> None:
+    """Channels in the middle are moved there from the last axis, and lie there as before."""
+    weight = torch.randn(4, 4, 3, 3).double() / 8
+
+    def plain(m, x):
+        for _ in range(2):
+            x = x + F.conv2d(x, weight, padding=1) * x.view(2, 4, 25).mean(-1)[..., None, None]
+        return x.view(2, 100)
+
+    model, x = Program(plain).double(), stream(2, 4, 5, 5).double()
+    expected = model(x)
+    mhc_compile.transform(model, n=N, example_inputs=(x,))
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert_moves(model, (x,))
+
+
+def test_a_reduction_over_the_stream_is_computed_over_all_streams() -> None:
+    """One stream may overflow while the mean of the streams does not."""
+
+    def plain(m, x):
+        x = x + m.a(x)
+        limit = x.abs().max() * 0.5
+        x = torch.clamp(x, min=-limit, max=limit)
+        return x + m.b(x)
+
+    def truth(m, x):
+        X = site(expand(x), m.mhc.a, m.a)
+        limit = X.abs().max() * 0.5
+        return site(torch.clamp(X, min=-limit, max=limit), m.mhc.b, m.b).mean(-2)
+
+    model, x = perturbed(plain)
+    torch.testing.assert_close(model(x), truth(model, x), rtol=1e-11, atol=1e-11)
+
+
+def test_channels_first_streams_mix_over_positions() -> None:
+    weight = torch.randn(WIDTH, WIDTH, 3, 3).double() / 8
+
+    def conv(x):
+        return F.conv2d(x, weight, padding=1)
+
+    def plain(m, x):
+        x = torch.relu(x + m.scale[0] * conv(x))
+        return torch.relu(x + m.scale[1] * conv(torch.relu(x)))
+
+    def last(h):
+        return h.movedim(1, -1)
+
+    def truth(m, x):
+        names = list(m.mhc._modules)
+        first, second = m.mhc[names[0]], m.mhc[names[1]]
+        X = site(expand(last(x)), first, lambda h: last(m.scale[0] * conv(h.movedim(-1, 1))))
+        X = torch.relu(X)
+        X = site(X, second, lambda h: last(m.scale[1] * conv(torch.relu(h.movedim(-1, 1)))))
+        return torch.relu(X.mean(-2).movedim(-1, 1))
+
+    model = Program(plain).double()
+    x = stream(2, WIDTH, 5, 4).double()
+    mhc_compile.transform(model, n=N, example_inputs=(x,))
+    perturb(model)
+    torch.testing.assert_close(model(x), truth(model, x), rtol=1e-11, atol=1e-11)
+
+
+def test_the_rewritten_graph_runs_the_last_norm_once() -> None:
+    model, x = perturbed(plain_pre)
+    model(x)
+    (graph,) = mhc_compile.graphs(model)
+    norms = [n for n in graph.after.graph.nodes if "layer_norm" in str(n.target)]
+    assert len(norms) == 2 and all(n.meta["example_value"].dim() == 3 for n in norms)
