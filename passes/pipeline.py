@@ -9,9 +9,9 @@ from .fusion.fuse_coefficients import fuse_coefficients
 from .fusion.fuse_seams import fuse_seams
 from .fusion.hoist_views import hoist_views
 from .fusion.report_kernels import lower
-from .graph.operators import op_name
+from .graph.operators import branch_input, op_of
 from .open_form.defer_norm import defer_norm
-from .open_form.widen import branch_input, widen
+from .open_form.widen import widen
 from .recognition.recognize import recognize
 from .runner import Pass
 from .sites.canonicalize import canonicalize
@@ -21,7 +21,7 @@ __all__ = ["EXAMINE", "OWN", "PARTITIONED", "PIPELINE", "REQUIRED"]
 
 
 def _bodies_are_inlined(gm: fx.GraphModule, context: Context) -> list[str]:
-    left = [n.name for n in gm.graph.nodes if op_name(n) == "tag_activation_checkpoint"]
+    left = [n.name for n in gm.graph.nodes if op_of(n).body]
     return [f"checkpointed bodies left: {left}"] if left else []
 
 

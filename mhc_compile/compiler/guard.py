@@ -25,7 +25,7 @@ from ..model.swap import is_swapped
 from ..passes.context import Context
 from ..passes.errors import ChainBrokenError
 from ..passes.graph.dataflow import DataFlow
-from ..passes.graph.operators import Kind, holds_tensor, kind_of
+from ..passes.graph.operators import Kind, holds_tensor, op_of
 from ..passes.sites.records import Detection, Reason, Rejected, Site
 
 __all__ = [
@@ -114,7 +114,7 @@ def _applied(graph: fx.Graph, weights: set[fx.Node]) -> dict[fx.Node, frozenset[
             applied[node] = found
         elif all(i in standing_for for i in inputs):
             standing_for[node] = found
-        elif kind_of(node) is Kind.MIXING:
+        elif op_of(node).kind is Kind.MIXING:
             applied[node] = found
     return applied
 

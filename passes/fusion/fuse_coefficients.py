@@ -7,10 +7,10 @@
     h = mhc.matmul(H_pre, X).to(dtype)           ->  h = mhc.pre(H_pre, X, dtype)
     X' = mhc.matmul(H_res, X) + H_post fᵀ        ->  X' = mhc.post_res(H_res, H_post, X, f)
 
-What a group of nodes computes is found by running it (see ``evaluation``), so neither names nor order
-nor spelling matter, and n, eps and the variant come from the graph itself: a hand-written site of
-the same mathematics becomes the same operators. The projection may stand with its norm or in the
-form that ``defer_norm`` gives it. What does not match stays as it is, and the notes say why.
+What a group of nodes computes is found by running it (see ``evaluation``), so neither names nor
+order nor spelling matter, and n, eps and the variant come from the graph itself: a hand-written
+site of the same mathematics becomes the same operators. The projection may stand with its norm or
+in the form that ``defer_norm`` gives it. What does not match stays as it is, and the notes say why.
 
 Numerics are those of the open form. Coefficients are float32, or float64 with a float64 φ, and
 sums over streams accumulate in that dtype: a group that rounds in between is left alone.
@@ -35,8 +35,7 @@ from ..graph.operators import (
     Kind,
     dtype_of,
     is_float_tensor,
-    kind_of,
-    op_name,
+    op_of,
     same_sizes,
     shape_of,
 )
@@ -316,11 +315,11 @@ class _Products:
         """The cast of a result, if nothing else reads it."""
         while dtype_of(node) is self.dtype and len(node.users) == 1:
             (user,) = node.users
-            if kind_of(user) is not Kind.CAST or not is_float_tensor(user):
+            if op_of(user).kind is not Kind.CAST or not is_float_tensor(user):
                 break
             node = user
         (user, *others) = node.users or (node,)
-        plain = op_name(user) == "contiguous" and len(user.args) == 1 and not user.kwargs
+        plain = op_of(user).name == "contiguous" and len(user.args) == 1 and not user.kwargs
         return user if plain and not others else node
 
     def _bind(self, operand: fx.Node, known: Known, reader: fx.Node) -> None:

@@ -21,7 +21,7 @@ from ...kernels.ops import site as site_ops  # noqa: F401  (registers the operat
 from ..context import Context, PassResult
 from ..graph.dataflow import written
 from ..graph.modes import kept_apart
-from ..graph.operators import op_name, same_sizes, shape_of
+from ..graph.operators import op_of, same_sizes, shape_of
 from ..graph.writer import Writer
 
 __all__ = ["hoist_views"]
@@ -56,12 +56,13 @@ def _reshapes_tokens(node: fx.Node, streams: fx.Node) -> bool:
     if node.kwargs or not dims:
         return False
     axes = len(shape_of(streams)) - 2
-    if op_name(node) in ("flatten", "unflatten"):
-        dims = dims if op_name(node) == "flatten" else dims[:1]
+    name = op_of(node).name
+    if name in ("flatten", "unflatten"):
+        dims = dims if name == "flatten" else dims[:1]
         return all(0 <= d < axes for d in dims) and len(node.args) == 3
     shape, rows = shape_of(node), shape_of(streams)[-2:]
     kept = same_sizes(shape[-2:], rows) and all(isinstance(size, int) for size in rows)
-    return op_name(node) in ("reshape", "view") and kept and len(_sizes(node)) == len(shape)
+    return name in ("reshape", "view") and kept and len(_sizes(node)) == len(shape)
 
 
 def _sizes(node: fx.Node) -> list[Any]:
@@ -83,6 +84,7 @@ def _hoist(view: fx.Node, post_res: fx.Node) -> None:
 
 def _viewed(write: Writer, view: fx.Node, operand: Any, axes: int) -> fx.Node:
     """An operand with its tokens in the view's shape."""
-    if op_name(view) in ("flatten", "unflatten"):
-        return write.call(op_name(view), operand, *view.args[1:])
+    name = op_of(view).name
+    if name in ("flatten", "unflatten"):
+        return write.call(name, operand, *view.args[1:])
     return write.call("reshape", operand, (*_sizes(view)[:-2], *shape_of(operand)[axes:]))

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ..graph.operators import same_shape, value_of
+from ..graph.writer import Writer
 
 __all__ = ["Fusion", "Sum", "Value", "item", "items", "sum_of"]
 
@@ -23,7 +24,6 @@ Value = tuple[fx.Node, int | None]
 """A result: the node that computes it, and which one if the node has several."""
 
 _ADD = torch.ops.aten.add.Tensor
-_KEPT_META = ("nn_module_stack", "seq_nr", "stack_trace")
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,14 @@ class Sum:
         """The sum of all terms."""
         return self.additions[-1]
 
-    def others(self, insert: _Inserter) -> fx.Node | None:
+    def others(self, write: Writer) -> fx.Node | None:
         """The sum of the other terms, None if there are none; what is left of the additions."""
         left: dict[fx.Node, fx.Node | None] = dict.fromkeys(self.terms)
         for addition in self.additions:
             operands = [left.get(a, a) for a in addition.all_input_nodes]
             present = [o for o in operands if o is not None]
             if len(present) == 2:
-                value = _ADD(*(value_of(o) for o in present))
-                left[addition] = insert.call(_ADD, tuple(present), value, addition)
+                left[addition] = write.call(_ADD, *present)
             else:
                 left[addition] = present[0] if present else None
         return left[self.root]
@@ -123,10 +122,10 @@ class Fusion:
 
     def apply(self) -> None:
         """Replace the members; there must be no obstacle."""
-        insert, between = _Inserter(max(self.members)), self._between()
-        results = self._insert(insert)
+        write, between = Writer(max(self.members), self.members[0]), self._between()
+        results = self._insert(write)
         for node in between:
-            insert.move(node)
+            write.move(node)
         self._erase(results)
 
     def _values(self) -> Iterator[tuple[fx.Node, int | None, fx.Node]]:
@@ -155,11 +154,10 @@ class Fusion:
             node = node.next
         return found
 
-    def _insert(self, insert: _Inserter) -> dict[Value, fx.Node]:
+    def _insert(self, write: Writer) -> dict[Value, fx.Node]:
         """The new operator and a node for every result that is read."""
-        arguments = tuple(a.others(insert) if isinstance(a, Sum) else a for a in self.arguments)
-        known = [_result(node, index) for node, index in self.outputs]
-        made = insert.call(self.target, arguments, tuple(known), self.members[0])
+        arguments = [a.others(write) if isinstance(a, Sum) else a for a in self.arguments]
+        made = write.call(self.target, *arguments, name=self.name)
         members = set(self.members)
         read = {
             (node, index)
@@ -167,7 +165,7 @@ class Fusion:
             if not members.issuperset(value.users)
         }
         return {
-            output: insert.call(operator.getitem, (made, i), known[i], self.members[0])
+            output: write.call(operator.getitem, made, i)
             for i, output in enumerate(self.outputs)
             if output in read
         }
@@ -184,30 +182,6 @@ class Fusion:
                 if index is not None:
                     member.graph.erase_node(value)
             member.graph.erase_node(member)
-
-
-class _Inserter:
-    """Writes nodes one behind the other."""
-
-    def __init__(self, place: fx.Node) -> None:
-        self.place = place
-
-    def call(self, target: Any, args: tuple[Any, ...], value: Any, like: fx.Node) -> fx.Node:
-        graph = self.place.graph
-        with graph.inserting_after(self.place):
-            name = None if target is operator.getitem else target.overloadpacket.__name__
-            self.place = graph.create_node("call_function", target, args, name=name)
-        self.place.meta = {k: like.meta[k] for k in _KEPT_META if k in like.meta} | {"val": value}
-        return self.place
-
-    def move(self, node: fx.Node) -> None:
-        self.place.append(node)
-        self.place = node
-
-
-def _result(node: fx.Node, index: int | None) -> Any:
-    value: Any = value_of(node)
-    return value if index is None else value[index]
 
 
 def items(node: fx.Node, index: int) -> list[fx.Node]:

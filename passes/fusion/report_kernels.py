@@ -14,21 +14,23 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ...kernels import backends
 from ...kernels.ops.site import Call
 from ...kernels.variants import parse_variant
 from ..context import Context, PassResult
-from ..graph.operators import op_name, value_of
-from ..open_form.widen import branch_input
+from ..graph.operators import branch_input, op_of, value_of
 
 __all__ = ["emitted", "lower"]
 
 
 def lower(gm: fx.GraphModule, context: Context) -> PassResult:
     """Check that the graph can run, and report who computes its operators."""
-    left = [n.name for n in gm.graph.nodes if n.target is branch_input or op_name(n) == "declare"]
+    left = [
+        n.name for n in gm.graph.nodes if n.target is branch_input or op_of(n).name == "declare"
+    ]
     if left:
         raise AssertionError(f"nodes that cannot run are left in the graph: {left}")
     nodes = (n for n in gm.graph.nodes if str(n.target).startswith("mhc."))
@@ -56,15 +58,15 @@ def _implementation(node: fx.Node) -> str:
 
 def _call_of(node: fx.Node) -> Any:
     """The call as the operator makes it; None for operators that are PyTorch on every device."""
-    make = _CALLS.get(op_name(node))
+    make = _CALLS.get(node.target)
     args = [value_of(a) if isinstance(a, fx.Node) else a for a in node.args]
     return None if make is None or not isinstance(args[0], Tensor) else make(*args)
 
 
-_CALLS: dict[str, Callable[..., Call]] = {
-    "coefficients": lambda X, phi, alpha, bias, variant, eps: Call(
+_CALLS: dict[Any, Callable[..., Call]] = {
+    torch.ops.mhc.coefficients.default: lambda X, phi, alpha, bias, variant, eps: Call(
         X, phi, variant=parse_variant(variant)
     ),
-    "pre": lambda H_pre, X, dtype: Call(X, H_pre, dtype),
-    "post_res": lambda H_res, H_post, X, f: Call(X, H_res, f.dtype),
+    torch.ops.mhc.pre.default: lambda H_pre, X, dtype: Call(X, H_pre, dtype),
+    torch.ops.mhc.post_res.default: lambda H_res, H_post, X, f: Call(X, H_res, f.dtype),
 }

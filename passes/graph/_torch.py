@@ -2,6 +2,48 @@
 
 from __future__ import annotations
 
-from torch._dispatch.python import enable_python_dispatcher
+import importlib
+from collections.abc import Container, Iterator
+from typing import Any
 
-__all__ = ["enable_python_dispatcher"]
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = ["PLAIN_TENSORS", "enable_python_dispatcher", "is_higher_order", "private_functions"]
+
+PLAIN_TENSORS = frozenset({FakeTensor, torch.Tensor, torch.nn.Parameter})
+"""Types of values in a captured graph whose methods are those of ``torch.Tensor``."""
+
+_PLACES = (
+    "torch._C",
+    "torch._C._autograd",
+    "torch._C._functorch",
+    "torch._C._nn",
+    "torch.amp.autocast_mode",
+    "torch.autograd.grad_mode",
+    "torch.random",
+    "torch.cuda.random",
+)
+"""Where functions live that Dynamo writes into graphs and that ``torch`` does not show."""
+
+
+def private_functions(names: Container[str]) -> Iterator[tuple[str, Any]]:
+    """The functions that have one of these names in the modules that torch keeps to itself."""
+    for place in _PLACES:
+        module: Any = importlib.import_module(place) if "_C." not in place else _inside(place)
+        for name in dir(module):
+            if name in names and callable(function := getattr(module, name)):
+                yield name, function
+
+
+def _inside(place: str) -> Any:
+    found: Any = torch
+    for part in place.split(".")[1:]:
+        found = getattr(found, part)
+    return found
+
+
+def is_higher_order(target: Any, name: str) -> bool:
+    """Whether a target is the higher-order operator of torch that has this name."""
+    return getattr(torch.ops.higher_order, name, None) is target

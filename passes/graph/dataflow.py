@@ -11,11 +11,9 @@ from collections.abc import Iterable
 import networkx as nx
 from torch import fx
 
-from .operators import Kind, holds_tensor, kind_of, op_name, value_of
+from .operators import UNKNOWN, Kind, holds_tensor, op_name, op_of, value_of
 
 __all__ = [
-    "AFTER_WRITE",
-    "OTHER_MODE",
     "DataFlow",
     "erase_dead_code",
     "is_mutation",
@@ -26,39 +24,25 @@ __all__ = [
     "written",
 ]
 
-AFTER_WRITE, OTHER_MODE = "after_write", "in_another_mode"
-"""Names of functions that return their argument: it stands on two sides of something."""
-
-_WRITERS = frozenset({"setitem", "copy_", "fill_", "zero_"})
-
 
 def is_mutation(node: fx.Node) -> bool:
     """Whether a node writes into its first argument."""
+    op = op_of(node)
+    if op is not UNKNOWN:
+        return op.in_place
+    # An operation that is not known says it by its name, as all of torch do.
     name = op_name(node)
-    if node.op == "call_method" or name in _WRITERS:
-        in_place = name in _WRITERS or (name.endswith("_") and not name.endswith("__"))
-        return in_place and name != "requires_grad_"
-    if node.op != "call_function":
-        return False
-    if name in ("iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "ixor"):
-        return True
-    return name.endswith("_") and not name.startswith("_")
+    return name.endswith("_") and not name.startswith("_") and not name.endswith("__")
 
 
 def memory_shown_by(node: fx.Node) -> fx.Node | None:
     """The node whose memory a node may show: views, writes, casts that change nothing."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    if kind_of(node) is Kind.CAST and _dtype(node) != _dtype(node.args[0]):
+    op = op_of(node)
+    if op.kind is Kind.CAST and _dtype(node) != _dtype(node.args[0]):
         return None
-    shows = kind_of(node) in (Kind.VIEW, Kind.CAST, Kind.DROPOUT) or op_name(node) in (
-        "contiguous",
-        "detach",
-        "identity",
-        AFTER_WRITE,
-        OTHER_MODE,
-    )
-    return node.args[0] if shows or is_mutation(node) or node.kwargs.get("inplace") else None
+    return node.args[0] if op.shows or is_mutation(node) or node.kwargs.get("inplace") else None
 
 
 def _dtype(node: fx.Node) -> object:
@@ -83,7 +67,9 @@ def written(graph: fx.Graph) -> frozenset[fx.Node]:
 
 def writes(node: fx.Node) -> bool:
     """Whether a node writes into memory that its first argument shows."""
-    in_place = node.kwargs.get("inplace") or (op_name(node) == "dropout" and True in node.args[3:4])
+    in_place = node.kwargs.get("inplace") or (
+        op_of(node).name == "dropout" and True in node.args[3:4]
+    )
     return bool(in_place or (is_mutation(node) and node.args))
 
 
@@ -99,7 +85,7 @@ def erase_dead_code(graph: fx.Graph, keep: frozenset[fx.Node]) -> None:
     """
 
     def stays(node: fx.Node) -> bool:
-        draws = kind_of(node) is Kind.DROPOUT
+        draws = op_of(node).kind is Kind.DROPOUT
         return node in keep or draws or node.is_impure() or is_mutation(node)
 
     graph.eliminate_dead_code(stays)
@@ -127,8 +113,9 @@ class DataFlow:
         root: dict[fx.Node, fx.Node] = {}  # a view -> the tensor whose memory it shows
         written: dict[fx.Node, fx.Node] = {}  # a tensor -> the last write into it
         for node in self.order:
-            kind = kind_of(node)
-            is_data = kind is not Kind.SHAPE and (holds_tensor(node) or is_mutation(node))
+            is_data = op_of(node).kind is not Kind.SHAPE and (
+                holds_tensor(node) or is_mutation(node)
+            )
             if not is_data and node.op != "output":
                 continue
             inputs = [n for n in node.all_input_nodes if holds_tensor(n)]
@@ -214,6 +201,6 @@ class _Reach:
             if not sources or self.reached.isdisjoint(sources):
                 continue
             self.reached.add(node)
-            if kind_of(node) is Kind.MIXING or not self.mixed.isdisjoint(sources):
+            if op_of(node).kind is Kind.MIXING or not self.mixed.isdisjoint(sources):
                 self.mixed.add(node)
         self._done = max(self._done, last)

@@ -25,8 +25,9 @@ from typing import Any
 
 from torch import fx
 
-from .dataflow import OTHER_MODE, is_mutation, written
-from .operators import holds_tensor, op_name
+from .dataflow import is_mutation, written
+from .operators import holds_tensor, in_another_mode, op_name
+from .writer import marker
 
 __all__ = ["Mode", "Modes", "behind_switches", "is_read_in_another_mode", "kept_apart"]
 
@@ -114,14 +115,6 @@ def _is_switch(node: fx.Node) -> bool:
 # --- what no pass follows -------------------------------------------------------------------------
 
 
-def in_another_mode(value: Any) -> Any:
-    """The value itself; stands, for the length of a pass, between two modes."""
-    return value
-
-
-assert in_another_mode.__name__ == OTHER_MODE
-
-
 @contextmanager
 def kept_apart(graph: fx.Graph, grad: bool) -> Iterator[None]:
     """No value can be followed from one mode into another, while this is in force.
@@ -154,8 +147,8 @@ def _separate(graph: fx.Graph, modes: Modes) -> None:
                 continue
             if (value, mode) not in made:
                 with graph.inserting_before(reader):
-                    new = graph.call_function(in_another_mode, (value,))
-                new.meta = {**value.meta, "is_written": value in overwritten}
+                    new = marker(in_another_mode, value)
+                new.meta["is_written"] = value in overwritten
                 made[value, mode] = new
             reader.replace_input_with(value, made[value, mode])
 

@@ -16,8 +16,7 @@ from torch import fx
 from .operators import (
     Kind,
     is_float_tensor,
-    kind_of,
-    op_name,
+    op_of,
     same_shape,
     same_sizes,
     shape_of,
@@ -44,7 +43,7 @@ class RMSNorm:
 
 def rms_norm_of(node: fx.Node) -> RMSNorm | None:
     """What a call of ``rms_norm`` does, None for any other node."""
-    if op_name(node) != "rms_norm" or not node.args or not is_float_tensor(node):
+    if op_of(node).name != "rms_norm" or not node.args or not is_float_tensor(node):
         return None
     names = ("input", "normalized_shape", "weight", "eps")
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
@@ -75,10 +74,10 @@ def root_mean_square(node: fx.Node) -> tuple[fx.Node, float, bool] | None:
 
 def spelled_out_rms_norm(node: fx.Node) -> tuple[fx.Node, float] | None:
     """``x * rsqrt(mean(x ** 2, -1, keepdim=True) + eps)`` in its spellings -> (x, eps)."""
-    name = op_name(node)
-    if name not in ("mul", "multiply", "div", "truediv", "divide") or len(node.args) != 2:
+    name = op_of(node).name
+    if name not in ("mul", "div") or len(node.args) != 2:
         return None
-    multiplies = name in ("mul", "multiply")
+    multiplies = name == "mul"
     pairs: list[Any] = [node.args, node.args[::-1]] if multiplies else [node.args]
     for x, factor in pairs:
         if not (is_float_tensor(x) and isinstance(factor, fx.Node) and same_shape(x, node)):
@@ -96,7 +95,7 @@ def spelled_out_rms_norm(node: fx.Node) -> tuple[fx.Node, float] | None:
 
 def _mean_square(shifted: fx.Node | None) -> tuple[fx.Node, float, fx.Node] | None:
     """x, eps and the mean of ``mean(x ** 2, -1, keepdim=True) + eps``."""
-    if shifted is None or op_name(shifted) != "add" or len(shifted.args) != 2:
+    if shifted is None or op_of(shifted).name != "add" or len(shifted.args) != 2:
         return None
     mean, eps = shifted.args
     if isinstance(mean, (int, float)):
@@ -110,7 +109,7 @@ def _mean_square(shifted: fx.Node | None) -> tuple[fx.Node, float, fx.Node] | No
 
 def _root_argument(node: fx.Node, *, inverse: bool) -> fx.Node | None:
     """v of ``rsqrt(v)``, ``v ** -0.5``, ``1 / sqrt(v)`` (inverse) or of ``sqrt(v)``."""
-    name, args = op_name(node), node.args
+    name, args = op_of(node).name, node.args
     if inverse and name == "rsqrt":
         return args[0]  # type: ignore[return-value]
     power = -0.5 if inverse else 0.5
@@ -120,13 +119,13 @@ def _root_argument(node: fx.Node, *, inverse: bool) -> fx.Node | None:
         return args[0] if name == "sqrt" else None  # type: ignore[return-value]
     if name == "reciprocal" and isinstance(args[0], fx.Node):
         return _root_argument(args[0], inverse=False)
-    if name in ("truediv", "div") and args[0] in (1, 1.0) and isinstance(args[1], fx.Node):
+    if name == "div" and args[0] in (1, 1.0) and isinstance(args[1], fx.Node):
         return _root_argument(args[1], inverse=False)
     return None
 
 
 def _mean_over_last(node: fx.Node) -> fx.Node | None:
-    if op_name(node) != "mean" or not node.args:
+    if op_of(node).name != "mean" or not node.args:
         return None
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
@@ -140,17 +139,17 @@ def _mean_over_last(node: fx.Node) -> fx.Node | None:
 
 
 def _square_argument(node: fx.Node) -> fx.Node | None:
-    name, args = op_name(node), node.args
+    name, args = op_of(node).name, node.args
     if name == "square" or (name == "pow" and len(args) == 2 and args[1] in (2, 2.0)):
         return args[0]  # type: ignore[return-value]
-    if name in ("mul", "multiply") and len(args) == 2 and args[0] is args[1]:
+    if name == "mul" and len(args) == 2 and args[0] is args[1]:
         return args[0]  # type: ignore[return-value]
     return None
 
 
 def _without_idle_casts(node: fx.Node) -> fx.Node:
     """The node behind casts to the dtype that it has already."""
-    while kind_of(node) is Kind.CAST and is_float_tensor(node.args[0]):
+    while op_of(node).kind is Kind.CAST and is_float_tensor(node.args[0]):
         source = node.args[0]
         assert isinstance(source, fx.Node)
         if _dtype(source) != _dtype(node):
@@ -164,6 +163,6 @@ def _dtype(node: fx.Node) -> torch.dtype | None:
 
 
 def _uncast(node: fx.Node) -> fx.Node:
-    while kind_of(node) is Kind.CAST and isinstance(node.args[0], fx.Node):
+    while op_of(node).kind is Kind.CAST and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node

@@ -1,29 +1,45 @@
-"""What an operation does to a residual stream, by the operation's name.
+"""What every operation does to residual streams: one table, from the function itself to a record.
 
-One vocabulary for every spelling: ``torch.relu(x)``, ``x.relu()``, ``F.relu(x)`` and
-``aten.relu.default(x)`` all have the name ``relu``. An operation that is not listed counts as
-real computation (``Kind.MIXING``): a custom attention kernel needs no entry here.
+    torch.relu, F.relu, Tensor.relu, x.relu(), aten.relu.default   -> Op("relu", Kind.POINTWISE)
+    mylib::relu, a function of the user's called relu              -> UNKNOWN: real computation
+
+A name says nothing: only functions of torch and of Python's ``operator``, methods of plain tensors,
+and the operators of ``aten``, ``prims`` and ``mhc`` are in the table. Whatever is not in it counts
+as real computation (``Kind.MIXING``), so a custom attention kernel needs no entry. Spellings of one
+operation share a record: ``torch.multiply`` and ``*`` are ``mul``; in place all of them are
+``mul_``.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from . import _torch
+
 __all__ = [
+    "UNKNOWN",
+    "Axes",
     "Kind",
+    "Op",
+    "after_write",
+    "branch_input",
     "dtype_of",
     "holds_tensor",
     "hooked_tensor",
+    "in_another_mode",
     "is_float_tensor",
-    "kind_of",
     "memory_order",
     "op_name",
+    "op_of",
     "same_shape",
     "same_sizes",
     "shape_of",
@@ -46,94 +62,319 @@ class Kind(enum.Enum):
     OTHER = "other"  # placeholders, outputs, modes
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+class Axes(enum.Enum):
+    """What a view does to the axes of a tensor."""
+
+    RESHAPE = "reshape"
+    PERMUTE = "permute"
+    RESIZE = "resize"  # adds or drops axes of size 1
 
 
-_KINDS: dict[Kind, frozenset[str]] = {
-    Kind.POINTWISE: _names(
+@dataclass(frozen=True)
+class Op:
+    """What is known of an operation.
+
+    Attributes:
+        name: of all its spellings, with an underscore behind it in place; "" for what is not in the
+            table.
+        kind: how it treats channels and tokens.
+        in_place: whether it writes into its first argument.
+        linear: whether it commutes with mixing the streams.
+        shows: whether its result may show the memory of its first argument.
+        creates: whether it makes a tensor out of nothing but sizes.
+        product: whether it is a matrix product.
+        axes: what it does to the axes, of a view.
+        channels: the axis of its input that its weights act on: from the right if negative, else
+            from the left; None if it has no weights or does not tell.
+        body: whether its first argument is a graph that it runs once, with the other arguments.
+    """
+
+    name: str
+    kind: Kind
+    in_place: bool = False
+    linear: bool = False
+    shows: bool = False
+    creates: bool = False
+    product: bool = False
+    axes: Axes | None = None
+    channels: int | None = None
+    body: bool = False
+
+
+UNKNOWN = Op("", Kind.MIXING)
+"""Whatever is not in the table."""
+
+_NO_OPERATION = Op("", Kind.OTHER)
+"""Inputs, attributes and the output of a graph."""
+
+
+# --- markers: functions of ours that return their argument, for the length of some passes ---------
+
+
+def after_write(value: Any) -> Any:
+    """The value itself, as it is behind a write into memory that it shows."""
+    return value
+
+
+def in_another_mode(value: Any) -> Any:
+    """The value itself; stands, for the length of a pass, between two modes."""
+    return value
+
+
+def branch_input(x: torch.Tensor) -> torch.Tensor:
+    """Stands for the input of a branch until H_pre X takes its place."""
+    return x
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def _ops(kind: Kind, text: str, **fields: Any) -> Iterator[tuple[Op, list[str]]]:
+    """A record for each word, with its names: ``mul=multiply`` has two."""
+    for word in text.split():
+        names = word.split("=")
+        yield Op(names[0], kind, **fields), names
+
+
+def _table() -> Iterator[tuple[Op, list[str]]]:
+    yield from _ops(
+        Kind.POINTWISE,
         """
-        abs absolute acos acosh add addcdiv addcmul asin asinh atan atan2 atanh bitwise_and
-        bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clip clone
-        contiguous copysign cos cosh detach div divide elu eq erf erfc erfinv exp exp2 expm1
-        floor floor_divide fmod frac ge gelu greater greater_equal gt hardshrink hardsigmoid
-        hardswish hardtanh heaviside identity invert isfinite isinf isnan le leaky_relu lerp less
-        less_equal log log10 log1p log2 logaddexp logical_and logical_not logical_or logical_xor
-        logit logsigmoid lt masked_fill maximum minimum mish mod mul multiply nan_to_num ne
-        neg negative not_equal pos positive pow prelu reciprocal relu relu6 remainder round
-        rrelu rsqrt rsub selu sgn sigmoid sign silu sin sinc sinh softplus softshrink softsign
-        sqrt square sub subtract swish tan tanh tanhshrink threshold true_divide truediv trunc
-        where xlogy and_ or_ xor floordiv scalar_tensor_mul lift_fresh_copy alias
-        hook_enter hook_leave
+        abs=absolute acos=arccos acosh=arccosh addcdiv addcmul asin=arcsin asinh=arcsinh
+        atan=arctan atan2=arctan2 atanh=arctanh bitwise_and=and_ bitwise_not=invert bitwise_or=or_
+        bitwise_xor=xor ceil celu clamp=clip clamp_max clamp_min copysign cos cosh elu eq erf erfc
+        erfinv exp exp2 expm1 floor floor_divide=floordiv fmod frac ge=greater_equal gelu gt=greater
+        hardshrink hardsigmoid hardswish hardtanh heaviside isfinite isinf isnan le=less_equal
+        leaky_relu lerp log log10 log1p log2 logaddexp logical_and logical_not logical_or
+        logical_xor logit logsigmoid lt=less masked_fill maximum minimum mish nan_to_num
+        ne=not_equal pow prelu reciprocal relu relu6 remainder=mod round rrelu rsqrt selu sgn
+        sigmoid sign silu sin sinc sinh softplus softshrink softsign sqrt square tan tanh
+        tanhshrink threshold trunc
+        where xlogy lift_fresh_copy hook_enter hook_leave
+        """,
+    )
+    yield from _ops(
+        Kind.POINTWISE, "add mul=multiply sub=subtract div=divide=true_divide=truediv", linear=True
+    )
+    yield from _ops(Kind.POINTWISE, "neg=negative positive=pos clone", linear=True)
+    yield from _ops(Kind.POINTWISE, "rsub rdiv")
+    yield from _ops(Kind.POINTWISE, "contiguous detach identity", linear=True, shows=True)
+    yield from _ops(Kind.POINTWISE, "alias")
+    yield from _ops(
+        Kind.CAST,
+        "to double float half bfloat16 type type_as _to_copy convert_element_type cpu cuda",
+        linear=True,
+        shows=True,
+    )
+    yield from _ops(
+        Kind.DROPOUT,
+        "dropout dropout1d dropout2d dropout3d feature_dropout",
+        linear=True,
+        shows=True,
+    )
+    yield from _ops(Kind.NORM, "layer_norm rms_norm native_layer_norm", channels=-1)
+    yield from _ops(Kind.NORM, "batch_norm group_norm instance_norm native_group_norm", channels=1)
+    yield from _ops(
+        Kind.NORM,
+        "normalize local_response_norm native_batch_norm _native_batch_norm_legit",
+    )
+    yield from _views()
+    yield from _ops(
+        Kind.MOVEMENT,
         """
-    ),
-    Kind.CAST: _names(
-        "to float double half bfloat16 type type_as _to_copy convert_element_type cpu cuda"
-    ),
-    Kind.DROPOUT: _names("dropout dropout1d dropout2d dropout3d feature_dropout"),
-    Kind.NORM: _names(
-        """
-        layer_norm rms_norm group_norm instance_norm batch_norm normalize local_response_norm
-        native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit
-        """
-    ),
-    Kind.VIEW: _names(
-        """
-        view reshape flatten unflatten squeeze unsqueeze transpose permute swapaxes swapdims
-        movedim moveaxis t T mT adjoint view_as reshape_as expand expand_as getitem narrow chunk
-        split split_with_sizes tensor_split unbind select slice _unsafe_view real imag
-        view_as_real view_as_complex broadcast_to diagonal unfold_copy getattr
-        """
-    ),
-    Kind.MOVEMENT: _names(
-        """
-        cat concat concatenate stack hstack vstack roll flip fliplr flipud repeat tile
+        cat=concat=concatenate stack hstack vstack roll flip fliplr flipud repeat tile
         repeat_interleave pad constant_pad_nd index_select index gather take take_along_dim
-        rot90 scatter scatter_add scatter_add_ index_add index_add_ index_put index_put_
-        index_copy index_copy_ setitem copy_ tril triu masked_select masked_scatter
-        one_hot select_scatter slice_scatter broadcast_tensors meshgrid fill_ zero_
-        """
-    ),
-    Kind.REDUCTION: _names(
+        rot90 scatter scatter_add index_add index_put index_copy tril triu masked_select
+        masked_scatter one_hot select_scatter slice_scatter broadcast_tensors meshgrid
+        """,
+    )
+    yield from _ops(Kind.MOVEMENT, "setitem copy_ fill_ zero_", in_place=True)
+    yield from _ops(
+        Kind.REDUCTION,
         """
         mean sum amax amin max min argmax argmin var std var_mean std_mean norm vector_norm prod
-        softmax log_softmax softmin logsumexp all any topk sort argsort median nansum nanmean
-        count_nonzero linalg_norm linalg_vector_norm _softmax kthvalue mode aminmax cross_entropy
+        softmax _softmax log_softmax softmin logsumexp all any topk sort argsort median nansum
+        nanmean count_nonzero linalg_norm linalg_vector_norm kthvalue mode aminmax cross_entropy
         mse_loss
+        """,
+    )
+    yield from _ops(
+        Kind.SHAPE,
+        "zeros_like ones_like full_like new_zeros new_ones new_full",
+        creates=True,
+    )
+    yield from _ops(Kind.MIXING, "zeros ones full empty", creates=True)
+    yield from _ops(
+        Kind.SHAPE,
         """
-    ),
-    Kind.SHAPE: _names(
+        size dim ndimension numel nelement stride empty_like rand_like randn_like randint_like
+        new_empty new_tensor sym_size sym_numel sym_stride is_floating_point is_complex get_device
+        _log_api_usage_once bernoulli
+        """,
+    )
+    yield from _ops(Kind.MIXING, "linear matmul mm bmm addmm", product=True, channels=-1)
+    yield from _ops(Kind.MIXING, "einsum baddbmm", product=True)
+    for k in (1, 2, 3):
+        yield from _ops(Kind.MIXING, f"conv{k}d conv_transpose{k}d", channels=-1 - k)
+    yield from _ops(Kind.MIXING, "convolution", channels=1)
+    yield from _ops(Kind.MIXING, "diag_embed sinkhorn_knopp autograd_function_apply")
+    yield from _ops(Kind.MIXING, "tag_activation_checkpoint invoke_subgraph wrap", body=True)
+    yield from _ops(
+        Kind.OTHER,
         """
-        size dim ndimension numel nelement stride zeros_like ones_like empty_like full_like
-        rand_like randn_like randint_like new_zeros new_ones new_empty new_full new_tensor
-        sym_size sym_numel sym_stride is_floating_point is_complex get_device _log_api_usage_once
-        bernoulli
+        inference_mode manual_seed declare lift_fresh requires_grad_
+        set_inplace_requires_grad_allowed
+        _enter_autocast _exit_autocast _set_grad_enabled _enter_inference_mode
+        _exit_inference_mode _saved_tensors_hooks_disable _saved_tensors_hooks_enable
+        """,
+    )
+
+
+def _views() -> Iterator[tuple[Op, list[str]]]:
+    known = {"linear": True, "shows": True}
+    reshapes = "view reshape flatten unflatten _unsafe_view"
+    permutes = "transpose=swapaxes=swapdims permute movedim=moveaxis t"
+    yield from _ops(Kind.VIEW, reshapes, axes=Axes.RESHAPE, **known)
+    yield from _ops(Kind.VIEW, permutes, axes=Axes.PERMUTE, **known)
+    yield from _ops(Kind.VIEW, "squeeze unsqueeze", axes=Axes.RESIZE, **known)
+    yield from _ops(
+        Kind.VIEW,
         """
-    ),
-    Kind.OTHER: _names(
-        """
-        _enter_autocast _exit_autocast _set_grad_enabled inference_mode _enter_inference_mode
-        _exit_inference_mode manual_seed declare after_write in_another_mode
-        _saved_tensors_hooks_disable _saved_tensors_hooks_enable lift_fresh
-        requires_grad_ set_inplace_requires_grad_allowed
-        """
-    ),
+        T mT adjoint view_as reshape_as expand expand_as getitem narrow chunk split
+        split_with_sizes tensor_split unbind select slice real imag view_as_real view_as_complex
+        broadcast_to diagonal unfold_copy getattr
+        """,
+        **known,
+    )
+
+
+_MARKERS = {
+    after_write: Op("after_write", Kind.OTHER, shows=True),
+    in_another_mode: Op("in_another_mode", Kind.OTHER, shows=True),
 }
-_OpOverload = type(torch.ops.aten.add.Tensor)
-_KIND_OF_NAME = {name: kind for kind, names in _KINDS.items() for name in names}
-
-
 _NAMESPACES = {"aten", "prims", "mhc"}
-_OURS = __name__.partition(".")[0]
-_PACKAGES = {"torch", "operator", "_operator", "builtins", "math", _OURS}
+_OpOverload = type(torch.ops.aten.add.Tensor)
+_PYTHON = {"lt", "le", "eq", "ne", "ge", "gt"}
+_IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+_REVERSED = {"radd": "add", "rmul": "mul", "rsub": "rsub", "rtruediv": "rdiv", "rdiv": "rdiv"}
+
+
+class _Targets(dict[Any, Op]):
+    """From functions to records; operators are looked up by their namespace when they are met."""
+
+    def __missing__(self, target: Any) -> Op:
+        if isinstance(target, _OpOverload):
+            found = UNKNOWN
+            if target.namespace in _NAMESPACES:
+                found = _BY_NAME.get(target.overloadpacket.__name__, UNKNOWN)
+            self[target] = found
+            return found
+        name = getattr(target, "__name__", None)
+        if name is not None and _torch.is_higher_order(target, name):
+            return _BY_NAME.get(name, UNKNOWN)
+        return UNKNOWN
+
+
+def _written(op: Op) -> Op:
+    """An operation in place: ``add_``."""
+    return replace(op, name=f"{op.name}_", in_place=True)
+
+
+def _named() -> dict[str, Op]:
+    """Every spelling with its record; in place with an underscore behind it (``relu_``)."""
+    named: dict[str, Op] = {}
+    for op, names in _table():
+        for name in names:
+            named[name] = op
+    for name, op in list(named.items()):
+        if not name.endswith("_") and op.kind not in (Kind.SHAPE, Kind.OTHER):
+            named.setdefault(f"{name}_", _written(op))
+    return named
+
+
+_BY_NAME = _named()
+
+
+def _functions() -> Iterator[tuple[Any, Op]]:
+    """The functions of torch that have these names, and the methods of ``torch.Tensor``."""
+    for name, op in _BY_NAME.items():
+        places = [torch, F, torch.Tensor]
+        if name.startswith("linalg_"):
+            places, name = [torch.linalg], name.removeprefix("linalg_")
+        for place in places:
+            if (function := getattr(place, name, None)) is not None and callable(function):
+                yield function, op
+    yield from ((function, _BY_NAME[name]) for name, function in _torch.private_functions(_BY_NAME))
+    yield getattr, _BY_NAME["getattr"]
+
+
+def _python_operators() -> Iterator[tuple[str, Op]]:
+    """``add``, ``iadd``, ``radd``: functions of ``operator``, and ``__add__`` of tensors."""
+    names = {**{name: name for name in _BY_NAME}, "inv": "invert"}
+    for name, known in names.items():
+        if hasattr(operator, name):
+            yield name, _BY_NAME[known]
+    for name in _IN_PLACE:
+        full = _BY_NAME.get(name) or _BY_NAME[f"{name}_"]
+        yield f"i{name}", _written(full)
+    for name in ("and", "or"):
+        yield name, _BY_NAME[f"{name}_"]
+    for name, known in _REVERSED.items():
+        yield name, _BY_NAME[known]
+
+
+def _methods() -> dict[str, Op]:
+    """What a method of a plain tensor is, by its name."""
+    found = {name: op for name, op in _BY_NAME.items() if hasattr(torch.Tensor, name)}
+    return found | {f"__{name}__": op for name, op in _python_operators()}
+
+
+def _targets() -> _Targets:
+    found = _Targets(_MARKERS)
+    for name, op in _python_operators():
+        for place, attribute in ((operator, name), (torch.Tensor, f"__{name}__")):
+            if (function := getattr(place, attribute, None)) is not None:
+                found[function] = op
+    for function, op in _functions():
+        found[function] = op
+    return found
+
+
+_METHODS = _methods()
+_TARGETS = _targets()
+
+
+def op_of(node: fx.Node) -> Op:
+    """What is known of a node's operation."""
+    if node.op == "call_function":
+        try:
+            return _TARGETS[node.target]
+        except TypeError:  # a callable object that cannot be hashed
+            return UNKNOWN
+    if node.op == "call_method":
+        return UNKNOWN if _is_of_a_subclass(node) else _METHODS.get(str(node.target), UNKNOWN)
+    return _NO_OPERATION
+
+
+def _is_of_a_subclass(call: fx.Node) -> bool:
+    """Whether a method is not that of ``torch.Tensor`` but one that a subclass has in its place."""
+    owner = (
+        type(value_of(call.args[0])) if call.args and isinstance(call.args[0], fx.Node) else None
+    )
+    if owner is None or owner in _torch.PLAIN_TENSORS or not issubclass(owner, torch.Tensor):
+        return False
+    name = str(call.target)
+    return getattr(owner, name, None) is not getattr(torch.Tensor, name, None)
+
+
+_PACKAGES = {"torch", "operator", "_operator", "builtins", "math", __name__.partition(".")[0]}
 
 
 def op_name(node: fx.Node) -> str:
-    """The operation's bare name: ``operator.iadd``, ``Tensor.__iadd__`` -> ``iadd``.
+    """How an operation is called, for people and in the names of branches.
 
-    Only what Python, torch and this library define has one. Others may call theirs alike and mean
-    something else: those have their namespace or module in front, ``mylib::add``, which no pass
-    knows.
+    Of torch and Python the bare name (``Tensor.__iadd__`` is ``iadd``), of others with their
+    namespace or module: ``mylib::add``.
     """
     target = node.target
     if isinstance(target, str):
@@ -156,25 +397,12 @@ def _bare(name: str) -> str:
     return name
 
 
-def kind_of(node: fx.Node) -> Kind:
-    """The kind of a node's operation; anything unknown is real computation."""
-    if node.op not in ("call_function", "call_method"):
-        return Kind.OTHER
-    name = op_name(node)
-    kind = _KIND_OF_NAME.get(name)
-    if kind is None and name.endswith("_") and not name.endswith("__"):
-        kind = _KIND_OF_NAME.get(name[:-1])
-    if kind is None and name.startswith("i") and name[1:] in ("add", "mul", "sub", "truediv"):
-        kind = Kind.POINTWISE
-    return Kind.MIXING if kind is None else kind
-
-
 def hooked_tensor(node: fx.Node) -> fx.Node | None:
     """The tensor that a node is on its way past backward hooks: ``hook_enter([x, y], ...)[0]``."""
-    if op_name(node) != "getitem" or not isinstance(node.args[0], fx.Node):
+    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
         return None
     call, index = node.args
-    if op_name(call) not in ("hook_enter", "hook_leave"):  # type: ignore[arg-type]
+    if op_of(call).name not in ("hook_enter", "hook_leave"):  # type: ignore[arg-type]
         return None
     tensors: Any = call.args[0]  # type: ignore[union-attr]
     return tensors[index] if index < len(tensors) else None  # type: ignore[operator]

@@ -15,12 +15,13 @@ import torch
 from torch import fx
 
 from .operators import (
+    Axes,
     Kind,
+    Op,
     hooked_tensor,
     is_float_tensor,
-    kind_of,
     memory_order,
-    op_name,
+    op_of,
     same_shape,
     shape_of,
     value_of,
@@ -28,72 +29,46 @@ from .operators import (
 
 __all__ = ["apply_streamwise", "is_linear", "lay_as", "streamwise_operands", "transfer_axis"]
 
-_RESHAPES = frozenset(["view", "reshape", "flatten", "unflatten", "_unsafe_view"])
-_PERMUTES = frozenset(["transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t"])
-_RESIZES = frozenset(["squeeze", "unsqueeze"])
-_ROW_NORMS = frozenset(["layer_norm", "rms_norm"])
-_LINEAR = frozenset(
-    [
-        "contiguous",
-        "clone",
-        "detach",
-        "positive",
-        "pos",
-        "identity",
-        "mul",
-        "multiply",
-        "div",
-        "divide",
-        "truediv",
-        "true_divide",
-        "neg",
-        "negative",
-        "add",
-        "sub",
-        "subtract",
-    ]
-)
-
 
 def streamwise_operands(node: fx.Node) -> list[fx.Node]:
     """The operands whose streams a node could act on one by one, by its operation alone."""
-    kind, name = kind_of(node), op_name(node)
+    op = op_of(node)
     first = node.args[0] if node.args else None
     if (carried := hooked_tensor(node)) is not None:
         return [carried] if is_float_tensor(carried) else []
-    if kind is Kind.POINTWISE:
+    if op.kind is Kind.POINTWISE:
         floats: list[Any] = [a for a in node.args if is_float_tensor(a)]
         return [a for a in dict.fromkeys(floats) if same_shape(a, node)]
     if not is_float_tensor(first):
         return []
     assert isinstance(first, fx.Node)
-    if kind is Kind.CAST or kind is Kind.DROPOUT:
+    if op.kind is Kind.CAST or op.kind is Kind.DROPOUT:
         return [first]
-    if kind is Kind.NORM:
-        return [first] if name in _ROW_NORMS or name == "group_norm" else []
-    if name in _PERMUTES or name in _RESIZES:
+    if op.kind is Kind.NORM:
+        return [first] if _is_row_norm(op) or op.name == "group_norm" else []
+    if op.axes in (Axes.PERMUTE, Axes.RESIZE):
         return [first]
     keeps_rows = str(shape_of(first)[-1:]) == str(shape_of(node)[-1:])
     retyped = any(isinstance(a, torch.dtype) for a in node.args)
-    return [first] if name in _RESHAPES and keeps_rows and not retyped else []
+    return [first] if op.axes is Axes.RESHAPE and keeps_rows and not retyped else []
 
 
 def is_linear(node: fx.Node) -> bool:
     """Whether a stream-wise operation commutes with mixing the streams."""
-    return kind_of(node) in (Kind.CAST, Kind.DROPOUT, Kind.VIEW) or op_name(node) in _LINEAR
+    return op_of(node).linear
 
 
 def transfer_axis(node: fx.Node, operand: fx.Node, axis: int) -> int | None:
     """Where a stream-wise operation takes the channel axis (from the right); None if lost."""
-    name, rank = op_name(node), len(shape_of(operand))
-    if name in _RESHAPES:
+    op, rank = op_of(node), len(shape_of(operand))
+    if op.axes is Axes.RESHAPE:
         return -1 if axis == -1 else None
-    if name in _PERMUTES:
+    if op.axes is Axes.PERMUTE:
         return _permutation(node, rank).index(axis % rank) - rank
-    if name == "unsqueeze":
+    if op.name == "unsqueeze":
         new = _dims(node)[0] % (rank + 1)
         return axis - 1 if new > axis % rank else axis
-    if name == "squeeze":
+    if op.name == "squeeze":
         gone = [d % rank for d in _dims(node)] or list(range(rank))
         sizes = shape_of(operand)
         dropped = [d for d in gone if str(sizes[d]) == "1"]
@@ -118,21 +93,21 @@ def apply_streamwise(node: fx.Node, operand: fx.Node, streams: Any, axis: int, n
     """
     if _acts_on_rows(node, operand, axis):
         return _substitute(node, operand, streams)
-    if axis == -1 and op_name(node) in _RESHAPES:
+    if axis == -1 and op_of(node).axes is Axes.RESHAPE:
         reshaped = _tokens_reshaped(node, operand, streams, n)
         if reshaped is not None:
             return reshaped
     front = to_front(streams, axis)
-    name = op_name(node)
+    op = op_of(node)
     new_axis = transfer_axis(node, operand, axis)
     assert new_axis is not None
-    if kind_of(node) is Kind.DROPOUT:
+    if op.kind is Kind.DROPOUT:
         # One mask for all streams, the one that the plain model draws.
         ones: Any = torch.ones_like(front[0], memory_format=torch.contiguous_format)
         result = front * _substitute(node, operand, lay_as(node, ones))
-    elif name in _RESHAPES or name in _PERMUTES or name in _RESIZES:
+    elif op.axes is not None:
         result = _moved(node, operand, front, n)
-    elif kind_of(node) is Kind.NORM and not _norms_rows(node):
+    elif op.kind is Kind.NORM and not _norms_rows(node):
         result = torch.stack([_substitute(node, operand, front[i]) for i in range(n)])
     else:
         result = _substitute(node, operand, front)
@@ -166,7 +141,7 @@ def from_front(front: Any, axis: int) -> Any:
 
 def _acts_on_rows(node: fx.Node, operand: fx.Node, axis: int) -> bool:
     """Whether an operation may act on ``[..., n, C]`` as it is."""
-    kind = kind_of(node)
+    kind = op_of(node).kind
     if kind is Kind.CAST:
         return True
     if axis != -1 or kind not in (Kind.POINTWISE, Kind.NORM):
@@ -181,7 +156,12 @@ def _norms_rows(node: fx.Node) -> bool:
     """Whether a norm acts on the last axis alone."""
     shape = node.args[1] if len(node.args) > 1 else node.kwargs.get("normalized_shape")
     is_row = isinstance(shape, int) or (isinstance(shape, (tuple, list)) and len(shape) == 1)
-    return op_name(node) in _ROW_NORMS and is_row
+    return _is_row_norm(op_of(node)) and is_row
+
+
+def _is_row_norm(op: Op) -> bool:
+    """Whether a norm may be one over the last axis alone."""
+    return op.name in ("layer_norm", "rms_norm")
 
 
 def _substitute(node: fx.Node, operand: fx.Node, value: Any) -> Any:
@@ -197,7 +177,7 @@ def _substitute(node: fx.Node, operand: fx.Node, value: Any) -> Any:
 
 def _tokens_reshaped(node: fx.Node, operand: fx.Node, streams: Any, n: int) -> Any | None:
     """Tokens in another shape, streams and channels untouched; None if the channels take part."""
-    name, last, channels = op_name(node), len(shape_of(operand)) - 1, shape_of(node)[-1]
+    name, last, channels = op_of(node).name, len(shape_of(operand)) - 1, shape_of(node)[-1]
     if name == "flatten":
         start, end = _flattened(node, last + 1)
         return streams.flatten(start, end) if end != last else None
@@ -213,8 +193,9 @@ def _tokens_reshaped(node: fx.Node, operand: fx.Node, streams: Any, n: int) -> A
 
 def _moved(node: fx.Node, operand: fx.Node, front: Any, n: int) -> Any:
     """A view of one stream as a view of the front layout."""
-    name, rank = op_name(node), len(shape_of(operand))
-    if name in _PERMUTES:
+    op, rank = op_of(node), len(shape_of(operand))
+    name = op.name
+    if op.axes is Axes.PERMUTE:
         return front.permute(0, *(d + 1 for d in _permutation(node, rank)))
     if name == "unsqueeze":
         return front.unsqueeze(_dims(node)[0] % (rank + 1) + 1)
@@ -256,21 +237,21 @@ def _dims(node: fx.Node) -> list[int]:
     named = ("dim", "start_dim", "end_dim", "dim0", "dim1")
     found: list[Any] = [*node.args[1:], *(node.kwargs[k] for k in named if k in node.kwargs)]
     flat = [d for f in found for d in (f if isinstance(f, (tuple, list)) else [f])]
-    if op_name(node) == "unflatten":
+    if op_of(node).name == "unflatten":
         flat = flat[:1]
     return [d for d in flat if isinstance(d, int)]
 
 
 def _permutation(node: fx.Node, rank: int) -> list[int]:
     """The order of input dimensions in a permutation's output."""
-    name = op_name(node)
+    name = op_of(node).name
     order = list(range(rank))
     if name == "permute":
         dims: Any = node.kwargs.get("dims") or node.args[1:]
         if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
             dims = dims[0]
         return [d % rank for d in dims]
-    if name in ("movedim", "moveaxis"):
+    if name == "movedim":
         labelled = torch.empty(*range(2, rank + 2), device="meta")
         moved: Any = torch.movedim
         return [size - 2 for size in moved(labelled, *node.args[1:3]).shape]

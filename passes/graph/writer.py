@@ -1,11 +1,20 @@
-"""New nodes with what every node carries: origin, recompute tags, an example value.
+"""The one place that writes nodes: each has a value that was computed, and an origin.
 
-Example values are computed on the fake tensors that the capture left behind.
+    write = Writer(place, like)                behind `place`, in the name of `like`
+    write.call(torch.mul, a, b)                a node behind the one before, with its value
+    with tracing(before, like) as tracer:      whatever is done to proxies of this tracer
+        fx.Proxy(a, tracer) * fx.Proxy(b, tracer)
+    marker(branch_input, x)                    a function of ours that returns x itself
+
+Values are computed on the fake tensors that the capture left behind, never copied from another
+node, under the key that the graph has: Dynamo's graphs ``example_value``, those of AOTAutograd
+``val``. Origin and tags (module, line, recomputation, site) come from the node whose work is done.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,14 +23,17 @@ from torch import fx
 from . import _torch
 from .operators import dtype_of, value_of
 
-__all__ = ["INHERITED", "Writer", "set_example_value"]
+__all__ = ["Writer", "compute_value", "marker", "tracing"]
 
-INHERITED = ("nn_module_stack", "stack_trace", "source_fn_stack", "recompute", "ac_graph_id")
+_INHERITED = (
+    *("nn_module_stack", "stack_trace", "source_fn_stack", "seq_nr"),
+    *("recompute", "ac_graph_id"),
+)
 """What a new node takes over from the node whose work it does."""
 
 
 class Writer:
-    """Writes nodes one behind the other, all with the origin and the recompute tags of one.
+    """Writes nodes one behind the other, all with the origin and the tags of one.
 
     Args:
         place: the node behind which the first is written.
@@ -31,40 +43,62 @@ class Writer:
     def __init__(self, place: fx.Node, like: fx.Node) -> None:
         self.place, self.like = place, like
 
-    def call(self, target: Any, *args: Any, name: str | None = None) -> fx.Node:
+    def call(self, target: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
         """A call of a function, or of the method so called of the first argument."""
         graph, op = self.place.graph, "call_method" if isinstance(target, str) else "call_function"
         with graph.inserting_after(self.place):
-            self.place = graph.create_node(op, target, args, name=name)
-        self.place.meta = {k: self.like.meta[k] for k in INHERITED if k in self.like.meta}
-        set_example_value(self.place)
+            self.place = graph.create_node(op, target, args, kwargs, name=name)
+        _complete(self.place, self.like)
         return self.place
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """The node itself if it has the dtype."""
         return node if dtype_of(node) == dtype else self.call("to", node, dtype)
 
+    def move(self, node: fx.Node) -> None:
+        """Put a node of the graph behind what was written, where writing goes on."""
+        self.place.append(node)
+        self.place = node
 
-def set_example_value(node: fx.Node) -> None:
-    """Compute ``meta["example_value"]`` of a node from its inputs' values, without data."""
-    if node.op not in ("call_function", "call_method") or "example_value" in node.meta:
-        return
-    values = [value_of(n) for n in node.all_input_nodes]
-    mode = next((v.fake_mode for v in _tensors(values) if hasattr(v, "fake_mode")), None)
-    args, kwargs = fx.map_arg((node.args, node.kwargs), _value)
+
+@contextmanager
+def tracing(before: fx.Node, like: fx.Node) -> Iterator[fx.proxy.GraphAppendingTracer]:
+    """Write what is done to proxies in front of a node, in the name of another."""
+    graph, previous = before.graph, before.prev
+    with graph.inserting_before(before):
+        yield fx.proxy.GraphAppendingTracer(graph)
+    node = previous.next
+    while node is not before:
+        _complete(node, like)
+        node = node.next
+
+
+def marker(function: Callable[[Any], Any], value: fx.Node) -> fx.Node:
+    """A call of a function that returns its argument, where the graph is being written."""
+    node = value.graph.call_function(function, (value,))
+    node.meta = dict(value.meta)
+    return node
+
+
+def compute_value(node: fx.Node) -> Any:
+    """What a node computes, on fake tensors, from the values of its inputs."""
+    tensors = [t for n in node.all_input_nodes for t in _tensors(value_of(n))]
+    mode = next((t.fake_mode for t in tensors if hasattr(t, "fake_mode")), None)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)  # type: ignore[arg-type]
     # With the decompositions in Python, as Dynamo has it: the one of matmul in C++ asks symbolic
     # sizes for a number (torch 2.11).
     with torch.no_grad(), _torch.enable_python_dispatcher(), mode or nullcontext():
         if isinstance(node.target, str):
-            node.meta["example_value"] = getattr(args[0], node.target)(*args[1:], **kwargs)
-        else:
-            node.meta["example_value"] = node.target(*args, **kwargs)
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
 
 
-def _value(node: fx.Node) -> Any:
-    return value_of(node)
+def _complete(node: fx.Node, like: fx.Node) -> None:
+    node.meta.update({k: like.meta[k] for k in _INHERITED if k in like.meta})
+    if node.op in ("call_function", "call_method") and value_of(node) is None:
+        node.meta["val" if "val" in like.meta else "example_value"] = compute_value(node)
 
 
-def _tensors(values: list[Any]) -> list[Any]:
-    flat = [v for value in values for v in (value if isinstance(value, (tuple, list)) else [value])]
-    return [v for v in flat if isinstance(v, torch.Tensor)]
+def _tensors(value: Any) -> list[Any]:
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return [v for v in values if isinstance(v, torch.Tensor)]

@@ -44,8 +44,7 @@ from ..graph.operators import (
     Kind,
     dtype_of,
     is_float_tensor,
-    kind_of,
-    op_name,
+    op_of,
     same_sizes,
     shape_of,
 )
@@ -105,7 +104,7 @@ def _products(value: fx.Node, scales: tuple[fx.Node, ...]) -> Iterator[_Product 
     for user in value.users:
         if _multiplies(user, value):
             yield _Product(user, value, scales)
-        elif kind_of(user) is Kind.CAST and is_float_tensor(user):
+        elif op_of(user).kind is Kind.CAST and is_float_tensor(user):
             yield from _products(user, scales)
         elif (scale := _scale(user, value)) is not None:
             yield from _products(user, (*scales, scale))
@@ -115,7 +114,7 @@ def _products(value: fx.Node, scales: tuple[fx.Node, ...]) -> Iterator[_Product 
 
 def _multiplies(node: fx.Node, left: fx.Node) -> bool:
     """Whether a node is a product of ``left`` with a matrix."""
-    if op_name(node) not in ("linear", "matmul", "mm") or len(node.args) < 2 or node.kwargs:
+    if op_of(node).name not in ("linear", "matmul", "mm") or len(node.args) < 2 or node.kwargs:
         return False
     matrix: Any = node.args[1]
     is_matrix = is_float_tensor(matrix) and len(shape_of(matrix)) == 2
@@ -124,7 +123,7 @@ def _multiplies(node: fx.Node, left: fx.Node) -> bool:
 
 def _scale(node: fx.Node, value: fx.Node) -> fx.Node | None:
     """The factor of a product with one number for each channel."""
-    if op_name(node) not in ("mul", "multiply") or len(node.args) != 2 or node.kwargs:
+    if op_of(node).name != "mul" or len(node.args) != 2 or node.kwargs:
         return None
     other: Any = node.args[1] if node.args[0] is value else node.args[0]
     is_row = is_float_tensor(other) and same_sizes(shape_of(other), shape_of(value)[-1:])
@@ -176,7 +175,7 @@ def _divide_behind(product: _Product, x: fx.Node, inv_r: fx.Node) -> None:
     assert isinstance(matrix, fx.Node)
     write, dtype = Writer(node, node), dtype_of(node)
     for scale in product.scales:
-        if op_name(node) != "linear":
+        if op_of(node).name != "linear":
             scale = write.call("unsqueeze", scale, -1)
         matrix = write.call(operator.mul, matrix, scale)
     y = write.call(node.target, write.cast(x, dtype), write.cast(matrix, dtype))

@@ -25,14 +25,14 @@ from ...kernels import reference
 from ..context import Context, PassResult
 from ..graph.dataflow import DataFlow, erase_dead_code, unread
 from ..graph.modes import Modes
-from ..graph.operators import Kind, holds_tensor, hooked_tensor, kind_of, value_of
+from ..graph.operators import Kind, branch_input, holds_tensor, hooked_tensor, op_of, value_of
 from ..graph.streamwise import apply_streamwise, lay_as, transfer_axis
-from ..graph.writer import INHERITED, set_example_value
+from ..graph.writer import marker, tracing
 from ..sites.detect import is_reduction_of
 from ..sites.in_place import join_versions
 from ..sites.records import Detection, Site, stack_of
 
-__all__ = ["branch_input", "widen"]
+__all__ = ["widen"]
 
 
 def widen(gm: fx.GraphModule, context: Context) -> PassResult:
@@ -46,11 +46,6 @@ def widen(gm: fx.GraphModule, context: Context) -> PassResult:
     erase_dead_code(gm.graph, keep=effects)
     streams = f"{len(detection.chains)} chains of {context.options.n} streams"
     return PassResult(gm, changed=True, notes=[f"{len(detection.sites)} sites widened, {streams}"])
-
-
-def branch_input(x: torch.Tensor) -> torch.Tensor:
-    """Stands for the input of a branch until H_pre X takes its place."""
-    return x
 
 
 class _Widener:
@@ -100,8 +95,7 @@ class _Widener:
         region = self.regions[site]
         readers = [u for u in site.x.users if u in region and u not in site.skip_path]
         with self._where_branch_begins(site, readers):
-            mark = self.graph.call_function(branch_input, (site.x,))
-        mark.meta = dict(site.x.meta)
+            mark = marker(branch_input, site.x)
         self.modes.set(mark, self.modes.of(mark.prev))
         recorded = any(self.modes.of(node).grad for node in (site.node, *readers))
         if recorded and not self.modes.of(mark).grad:
@@ -135,8 +129,7 @@ class _Widener:
         if self.modes.of(site.x) == mode or self.modes.of(first).others != mode.others:
             return self.graph.inserting_after(behind)
         with self.graph.inserting_after(behind):
-            start = self.graph.call_function(branch_input, (site.x,))
-        start.meta = dict(site.x.meta)
+            start = marker(branch_input, site.x)
         self.modes.set(start, self.modes.of(site.x))
         self.stream_starts[start] = site
         return self.graph.inserting_before(first)
@@ -277,7 +270,7 @@ class _Widener:
         gone = {node for site in self.sites for node in site.adds} | set(self.steps)
         for state in [s for s in self.streams if s not in self.starts]:
             readers = [u for u in state.users if u not in gone]
-            sizes = [u for u in readers if kind_of(u) is Kind.SHAPE and not holds_tensor(u)]
+            sizes = [u for u in readers if op_of(u).kind is Kind.SHAPE and not holds_tensor(u)]
             site = self.origin[state][0]
             if state is site.node:  # F has the shape of z: sizes need no readout
                 term = self.inputs.get(site.branch[0], site.branch[0])
@@ -338,19 +331,15 @@ class _Widener:
         Args:
             recorded: whether gradients have to be switched on for them.
         """
-        previous = before.prev
-        with self.graph.inserting_before(before):
-            if recorded:
-                previous = self.graph.call_function(self.modes.set_grad, (True,))
+        self._set_grad(True, before, recorded)
+        with tracing(before, like):
             yield
-        node = previous.next
-        while node is not before:
-            node.meta.update({k: like.meta[k] for k in INHERITED if k in like.meta})
-            set_example_value(node)
-            node = node.next
-        if recorded:
+        self._set_grad(False, before, recorded)
+
+    def _set_grad(self, recorded: bool, before: fx.Node, wanted: bool) -> None:
+        if wanted:
             with self.graph.inserting_before(before):
-                self.graph.call_function(self.modes.set_grad, (False,))
+                self.graph.call_function(self.modes.set_grad, (recorded,))
 
 
 def _steps(detection: Detection) -> dict[fx.Node, fx.Node]:

@@ -25,8 +25,7 @@ from ..graph.operators import (
     dtype_of,
     holds_tensor,
     is_float_tensor,
-    kind_of,
-    op_name,
+    op_of,
     same_sizes,
     shape_of,
 )
@@ -291,7 +290,7 @@ class Roles:
         """
         sums = 0
         for above in self.region.above(node):
-            name = op_name(above)
+            name = op_of(above).name
             if name == "sinkhorn_knopp":
                 iterations, eps = (*above.args[1:], 0.0)[:2]
                 yield iterations, float(eps)  # type: ignore[misc, arg-type]
@@ -325,7 +324,7 @@ class Roles:
         for user in node.users:
             if any(holds_tensor(n) and n not in self.region.known for n in user.all_input_nodes):
                 return True
-            shows = is_view(user) or (kind_of(user) is Kind.CAST and is_float_tensor(user))
+            shows = is_view(user) or (op_of(user).kind is Kind.CAST and is_float_tensor(user))
             if user in self.region.known and shows and self._is_applied(user):
                 return True
         return False

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.dataflow import is_mutation
-from ..graph.operators import Kind, holds_tensor, kind_of, op_name, value_of
+from ..graph.operators import Kind, holds_tensor, op_of, value_of
 from .token_rules import Known, Value, evaluate, has_rule
 
 __all__ = [
@@ -106,7 +106,7 @@ def grow(
         if node in seen:
             continue
         seen.add(node)
-        if kind_of(node) is Kind.OTHER or not has_rule(node):
+        if op_of(node).kind is Kind.OTHER or not has_rule(node):
             seen_elsewhere = node.meta.get("is_written", False)  # by what reads it in another mode
             written = written or seen_elsewhere or (is_mutation(node) and node.args[0] in known)
             continue
@@ -127,7 +127,7 @@ def grow(
 
 def strip_casts(node: fx.Node) -> fx.Node:
     """The node behind casts that change no value: to the same dtype or to a wider one."""
-    while (kind_of(node) is Kind.CAST or op_name(node) == "contiguous") and is_view(node):
+    while (op_of(node).kind is Kind.CAST or op_of(node).name == "contiguous") and is_view(node):
         source = node.args[0]
         assert isinstance(source, fx.Node)
         node = source
@@ -146,7 +146,8 @@ def way_up(node: fx.Node, until: Callable[[fx.Node], bool] = lambda node: False)
 
 def is_view(node: fx.Node) -> bool:
     """Whether a node shows its first argument, with no value changed."""
-    if kind_of(node) not in (Kind.VIEW, Kind.CAST) and op_name(node) != "contiguous":
+    op = op_of(node)
+    if op.kind not in (Kind.VIEW, Kind.CAST) and op.name != "contiguous":
         return False
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or not holds_tensor(source):

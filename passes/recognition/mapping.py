@@ -26,8 +26,7 @@ from ..graph.operators import (
     Kind,
     dtype_of,
     is_float_tensor,
-    kind_of,
-    op_name,
+    op_of,
     same_sizes,
     shape_of,
     value_of,
@@ -51,7 +50,7 @@ __all__ = [
 ]
 
 
-_SUMS = ("add", "sub", "subtract")
+_SUMS = ("add", "sub")
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def mappings(graph: fx.Graph) -> Iterator[Mapping]:
 
 def mapping_of(y: fx.Node) -> Mapping | None:
     """A product with flattened streams on its left, None for any other node."""
-    name = op_name(y)
+    name = op_of(y).name
     if name not in ("matmul", "mm", "linear") or len(y.args) < 2 or y.kwargs:
         return None
     left, phi, *bias = y.args
@@ -122,9 +121,9 @@ def mapping_of(y: fx.Node) -> Mapping | None:
 def _streams_of(flat: fx.Node) -> fx.Node | None:
     """X ``[..., n, C]`` of x⃗ = flatten(X), whatever it is cast to in between."""
     view = flat
-    while kind_of(view) is Kind.CAST and is_float_tensor(view.args[0]):
+    while op_of(view).kind is Kind.CAST and is_float_tensor(view.args[0]):
         view = view.args[0]  # type: ignore[assignment]
-    if op_name(view) not in ("flatten", "view", "reshape") or not is_float_tensor(view.args[0]):
+    if op_of(view).name not in ("flatten", "view", "reshape") or not is_float_tensor(view.args[0]):
         return None
     source: Any = view.args[0]
     tail, width = shape_of(source)[-2:], shape_of(view)[-1]
@@ -287,7 +286,7 @@ class _Reader:
         return isinstance(value, Value) and value.tail in ((n,), (n, n))
 
     def _require_dtypes(self) -> None:
-        if kind_of(strip_casts(self.mapping.flat)) is Kind.CAST:
+        if op_of(strip_casts(self.mapping.flat)).kind is Kind.CAST:
             raise Refused(
                 f"its {dtype_of(self.mapping.X)} streams are rounded in front of it",
                 Reason.OWN_PRECISION,
@@ -317,8 +316,8 @@ class _Reader:
             known[way[-1]] = Value(whole.unsqueeze(0), 0)
             evaluate_down(way, known)
         elif met is not None:
-            self._bind_part(operand, known, met, op_name(reader))
-        if met is not None and met.factor is not None and op_name(reader) in _SUMS:
+            self._bind_part(operand, known, met, op_of(reader).name)
+        if met is not None and met.factor is not None and op_of(reader).name in _SUMS:
             self.parameters.alphas.setdefault(met.part, met.factor)
 
     def _met(self, operand: fx.Node, known: Known, reader: fx.Node) -> Met | None:
@@ -363,7 +362,7 @@ class _Reader:
         shape: Any = shape_of(operand)
         found, size = self.parameters, math.prod(shape)
         data: Tensor | None = None
-        if size == 1 and name in ("mul", "multiply") and met.part not in found.alphas:
+        if size == 1 and name == "mul" and met.part not in found.alphas:
             found.alphas[met.part] = operand
             data = self.oracle.alpha[met.part]
         flat = met.flipped and len(shape) < 2  # its order is not that of b

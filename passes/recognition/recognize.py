@@ -26,14 +26,14 @@ from torch import fx
 
 from ..context import Context, PassResult
 from ..graph.dataflow import erase_dead_code, unread
-from ..graph.modes import in_another_mode, kept_apart
+from ..graph.modes import kept_apart
 from ..graph.operators import (
     Kind,
     dtype_of,
     holds_tensor,
+    in_another_mode,
     is_float_tensor,
-    kind_of,
-    op_name,
+    op_of,
     same_sizes,
     shape_of,
 )
@@ -46,7 +46,6 @@ from .mapping import is_widened, mapping_of, place_of
 
 __all__ = ["WriteBack", "recognize", "write_backs"]
 
-_PRODUCTS = frozenset({"matmul", "mm", "bmm", "linear", "einsum", "addmm", "baddbmm"})
 _NEAR = 60
 """Nodes between streams and what is computed from them in one connection; bounds the search."""
 _MOST_STREAMS = 16
@@ -84,7 +83,7 @@ def _respell(graph: fx.Graph, found: list[WriteBack]) -> tuple[int, int]:
     products = [
         node
         for node in graph.nodes
-        if op_name(node) in ("linear", "matmul", "mm") and strip_casts(_data(node)) in normalised
+        if op_of(node).name in ("linear", "matmul", "mm") and strip_casts(_data(node)) in normalised
     ]
     split = 0
     for i, product in enumerate(products):
@@ -99,7 +98,7 @@ def _respell(graph: fx.Graph, found: list[WriteBack]) -> tuple[int, int]:
 
 def _split_bias(node: fx.Node) -> fx.Node | None:
     """``linear(x̂, φ, b)`` becomes ``linear(x̂, φ) + b``; returns the new product."""
-    if op_name(node) != "linear" or len(node.args) != 3 or node.kwargs:
+    if op_of(node).name != "linear" or len(node.args) != 3 or node.kwargs:
         return None
     left, phi, bias = node.args
     if not (is_float_tensor(bias) and is_float_tensor(node) and is_float_tensor(left)):
@@ -179,7 +178,7 @@ def _phi(product: fx.Node, write: Writer) -> fx.Node:
     for node in reversed(way[:-1]):
         args = fx.map_arg(node.args, lambda n: copies[n])
         copies[node] = write.call(node.target, *args)
-    return write.call("t", copies[phi]) if op_name(product) == "linear" else copies[phi]
+    return write.call("t", copies[phi]) if op_of(product).name == "linear" else copies[phi]
 
 
 def _in_order(group: list[fx.Node]) -> list[fx.Node]:
@@ -198,7 +197,7 @@ def _meets(product: fx.Node, tail: tuple[int, int]) -> bool:
     while queue and len(seen) < _NEAR:
         node = queue.popleft()
         for user in node.users:
-            if op_name(user) in ("mul", "multiply", *_PRODUCTS):
+            if _multiplies(user):
                 others = [n for n in user.all_input_nodes if n not in seen]
                 if any(same_sizes(shape_of(n)[-2:], tail) for n in others):
                     return True
@@ -206,7 +205,7 @@ def _meets(product: fx.Node, tail: tuple[int, int]) -> bool:
             if (
                 small
                 and user not in seen
-                and kind_of(user) in (Kind.POINTWISE, Kind.VIEW, Kind.CAST)
+                and op_of(user).kind in (Kind.POINTWISE, Kind.VIEW, Kind.CAST)
             ):
                 seen.add(user)
                 queue.append(user)
@@ -260,7 +259,7 @@ def _write_back(node: fx.Node) -> WriteBack | None:
 
 def _outer(node: fx.Node) -> tuple[fx.Node, int, int] | None:
     """The n numbers of an outer product with C others for each token, n and C."""
-    if op_name(node) not in ("mul", "multiply", *_PRODUCTS) or not is_float_tensor(node):
+    if not _multiplies(node) or not is_float_tensor(node):
         return None
     operands = [n for n in node.all_input_nodes if is_float_tensor(n)]
     if len(operands) != 2:
@@ -283,7 +282,7 @@ def _sizes(node: fx.Node) -> list[Any]:
 def _sum_behind(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """The addition that reads a node behind views and casts, and the term that it reads."""
     while True:
-        added = next((u for u in node.users if op_name(u) == "add"), None)
+        added = next((u for u in node.users if op_of(u).name == "add"), None)
         shown = [u for u in node.users if _shows_again(u)]
         if added is not None or len(shown) != 1:
             return node, added
@@ -291,7 +290,7 @@ def _sum_behind(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 
 def _shows_again(node: fx.Node) -> bool:
-    return kind_of(node) in (Kind.VIEW, Kind.CAST) or node.target is in_another_mode
+    return op_of(node).kind in (Kind.VIEW, Kind.CAST) or node.target is in_another_mode
 
 
 def _above(
@@ -310,7 +309,11 @@ def _above(
 
 
 def _is_product(node: fx.Node) -> bool:
-    return op_name(node) in _PRODUCTS
+    return op_of(node).product
+
+
+def _multiplies(node: fx.Node) -> bool:
+    return op_of(node).product or op_of(node).name == "mul"
 
 
 def _shows(node: fx.Node, n: int, width: int) -> bool:
@@ -350,7 +353,9 @@ def _difference(found: WriteBack) -> tuple[Reason, str]:
     if alone:
         reason = Reason.OWN_NORM if "normalised" in alone else Reason.OWN_PROJECTION
         return reason, f"each of its {n} streams is {' and '.join(alone)} by itself"
-    rounded = next((node for node in way if kind_of(node) is Kind.CAST and not is_view(node)), None)
+    rounded = next(
+        (node for node in way if op_of(node).kind is Kind.CAST and not is_view(node)), None
+    )
     if rounded is not None:
         what = f"its streams are rounded to {dtype_of(rounded)} in front of the projection"
         return Reason.OWN_PRECISION, what
@@ -366,7 +371,7 @@ def _difference(found: WriteBack) -> tuple[Reason, str]:
 
 def _normalised(node: fx.Node) -> int | None:
     """The number of channels that a norm, or a mean of squares, is taken over."""
-    if op_name(node) not in ("rms_norm", "layer_norm", "normalize", "mean"):
+    if op_of(node).name not in ("rms_norm", "layer_norm", "normalize", "mean"):
         return None
     source: Any = node.args[0] if node.args else node.kwargs.get("input")
     size = shape_of(source)[-1:] if is_float_tensor(source) else ()

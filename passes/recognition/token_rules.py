@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from ...kernels import reference
-from ..graph.operators import holds_tensor, is_float_tensor, op_name, same_sizes, shape_of
+from ..graph.operators import holds_tensor, is_float_tensor, op_of, same_sizes, shape_of
 
 __all__ = ["TOKENS", "Known", "Value", "evaluate", "has_rule"]
 
@@ -48,7 +48,7 @@ Known = dict[fx.Node, Any]
 
 def evaluate(node: fx.Node, known: Known) -> Any:
     """The value of a node from those of its operands; None where there is no rule for it."""
-    rule = _RULES.get(op_name(node))
+    rule = _RULES.get(op_of(node).name)
     tensors = [n for n in node.all_input_nodes if holds_tensor(n)]
     if rule is None or not tensors or any(n not in known for n in tensors):
         return None
@@ -61,7 +61,7 @@ def evaluate(node: fx.Node, known: Known) -> Any:
 
 def has_rule(node: fx.Node) -> bool:
     """Whether some uses of a node's operation are known."""
-    return op_name(node) in _RULES
+    return op_of(node).name in _RULES
 
 
 def _is_consistent(node: fx.Node, value: Any, known: Known) -> bool:
@@ -70,7 +70,7 @@ def _is_consistent(node: fx.Node, value: Any, known: Known) -> bool:
         return True
     if not same_sizes(shape_of(node)[value.lead :], value.tail):
         return False
-    if _RULES[op_name(node)] is _view:
+    if _RULES[op_of(node).name] is _view:
         return True
     return all(
         same_sizes(shape_of(n)[: value.lead], shape_of(node)[: value.lead])
@@ -202,7 +202,7 @@ def _transpose(call: _Call) -> Value:
 
 
 def _matrix_transpose(call: _Call) -> Value:
-    attribute = call.node.args[1] if op_name(call.node) == "getattr" else "mT"
+    attribute = call.node.args[1] if op_of(call.node).name == "getattr" else "mT"
     if attribute not in ("mT", "T") or len(call.first.tail) != 2:
         raise _NoRule
     if attribute == "T" and call.first.lead:
@@ -385,15 +385,15 @@ def _largest(call: _Call) -> Any:
     if not call.argument(2, "keepdim", default=False):
         drawn = drawn.squeeze(dims)
     value = Value(drawn, x.lead)
-    return (value, value) if op_name(call.node) == "max" else value
+    return (value, value) if op_of(call.node).name == "max" else value
 
 
 def _detach(call: _Call) -> Value:
     """Of a value on which, as ``_largest`` has it, nothing depends; elsewhere it cuts gradients."""
     source = call.node.args[0]
-    while isinstance(source, fx.Node) and op_name(source) == "getitem":
+    while isinstance(source, fx.Node) and op_of(source).name == "getitem":
         source = source.args[0]
-    if not isinstance(source, fx.Node) or op_name(source) not in ("amax", "max"):
+    if not isinstance(source, fx.Node) or op_of(source).name not in ("amax", "max"):
         raise _NoRule
     return call.first
 
@@ -421,10 +421,10 @@ _RULES: dict[str, Callable[[_Call], Any]] = {
     "clone": _unary(lambda x: x),
     **_names("to float double half bfloat16 type type_as", _same),
     "add": _binary(torch.add),
-    **_names("sub subtract", _binary(torch.sub)),
+    "sub": _binary(torch.sub),
     "rsub": _binary(lambda a, b: b - a),
-    **_names("mul multiply", _binary(torch.mul)),
-    **_names("div divide truediv true_divide", _binary(torch.true_divide)),
+    "mul": _binary(torch.mul),
+    "div": _binary(torch.true_divide),
     "rdiv": _binary(lambda a, b: b / a),
     "sum": _reduction(torch.sum, keeps=False),
     "mean": _reduction(torch.mean, keeps=False),
@@ -433,7 +433,7 @@ _RULES: dict[str, Callable[[_Call], Any]] = {
     "log_softmax": _reduction(torch.log_softmax, keeps=True),
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
-    **_names("transpose swapaxes swapdims", _transpose),
+    "transpose": _transpose,
     **_names("mT adjoint getattr", _matrix_transpose),
     "permute": _permute,
     "unflatten": _unflatten,
@@ -448,7 +448,7 @@ _RULES: dict[str, Callable[[_Call], Any]] = {
     "flip": _flip,
     "tril": _triangle(torch.tril),
     "triu": _triangle(torch.triu),
-    **_names("cat concat concatenate", _joined(torch.cat, new=0)),
+    "cat": _joined(torch.cat, new=0),
     "stack": _joined(torch.stack, new=1),
     **_names("matmul bmm", _matmul),
     "einsum": _einsum,

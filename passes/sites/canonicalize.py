@@ -24,13 +24,19 @@ from ..context import Context, PassResult
 from ..graph.dataflow import erase_dead_code, unread
 from ..graph.modes import kept_apart
 from ..graph.norms import spelled_out_rms_norm
-from ..graph.operators import is_float_tensor, memory_order, op_name, same_shape, value_of
+from ..graph.operators import (
+    dtype_of,
+    is_float_tensor,
+    memory_order,
+    op_of,
+    same_shape,
+    shape_of,
+    value_of,
+)
 from ..graph.writer import Writer
 from .in_place import remove_in_place, separate_versions
 
 __all__ = ["canonicalize"]
-
-INLINED = ("tag_activation_checkpoint", "invoke_subgraph", "wrap")
 
 
 def canonicalize(gm: fx.GraphModule, context: Context) -> PassResult:
@@ -61,14 +67,14 @@ def _inline_bodies(gm: fx.GraphModule) -> int:
 
 
 def _is_body_call(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op != "call_function" or op_name(node) not in INLINED or not node.args:
+    if not op_of(node).body or not node.args:
         return False
     body = node.args[0]
     return isinstance(body, fx.Node) and body.op == "get_attr"
 
 
 def _inline_body(gm: fx.GraphModule, call: fx.Node, recompute_id: int) -> None:
-    name = op_name(call)
+    name = op_of(call).name
     source = call.args[0]
     assert isinstance(source, fx.Node)
     body = gm.get_submodule(str(source.target))
@@ -91,7 +97,7 @@ def _inline_body(gm: fx.GraphModule, call: fx.Node, recompute_id: int) -> None:
                     new.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
                     new.meta["ac_graph_id"] = recompute_id
     for reader in list(call.users):
-        if op_name(reader) == "getitem" and isinstance(reader.args[1], int):
+        if op_of(reader).name == "getitem" and isinstance(reader.args[1], int):
             reader.replace_all_uses_with(result[reader.args[1]])
             gm.graph.erase_node(reader)
     if call.users:
@@ -118,13 +124,10 @@ def _adopt_attribute(gm: fx.GraphModule, body: fx.GraphModule, name: str) -> str
 def _unify_adds(graph: fx.Graph, context: Context) -> int:
     count = 0
     for node in list(graph.nodes):
-        form = (
-            _ADD_FORMS.get(op_name(node)) if node.op in ("call_function", "call_method") else None
-        )
-        if form is None:
+        form = _ADD_FORMS.get(op_of(node).name)
+        if form is None or "out" in node.kwargs or not is_float_tensor(node):
             continue
-        with graph.inserting_before(node):
-            new = form(graph, node, context)
+        new = form(Writer(node.prev, node), node, context)
         if new is not None and new is not node:
             node.replace_all_uses_with(new)
             graph.erase_node(node)
@@ -132,8 +135,8 @@ def _unify_adds(graph: fx.Graph, context: Context) -> int:
     return count
 
 
-def _add(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node | None:
-    if len(node.args) != 2 or not is_float_tensor(node) or "out" in node.kwargs:
+def _add(write: Writer, node: fx.Node, context: Context) -> fx.Node | None:
+    if len(node.args) != 2:
         return None
     a, b = node.args
     for zero, kept in ((a, b), (b, a)):  # sum([x, y]) begins with 0 + x
@@ -144,44 +147,33 @@ def _add(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node | None:
     alpha = node.kwargs.get("alpha", 1)
     if node.target is operator.add and alpha == 1:
         return None
-    return _call(graph, node, operator.add, (a, _scaled(graph, node, b, alpha)), {})
+    return write.call(operator.add, a, _scaled(write, b, alpha))
 
 
-def _addcmul(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node | None:
-    if len(node.args) < 3 or not is_float_tensor(node) or "out" in node.kwargs:
+def _addcmul(write: Writer, node: fx.Node, context: Context) -> fx.Node | None:
+    if len(node.args) < 3:
         return None
-    product = _call(graph, node, operator.mul, node.args[1:3], {})
-    product = _scaled(graph, node, product, node.kwargs.get("value", 1))
-    return _call(graph, node, operator.add, (node.args[0], product), {})
+    product = write.call(operator.mul, *node.args[1:3])
+    product = _scaled(write, product, node.kwargs.get("value", 1))
+    return write.call(operator.add, node.args[0], product)
 
 
-def _addmm(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node | None:
-    x = node.args[0] if len(node.args) >= 3 and "out" not in node.kwargs else None
+def _addmm(write: Writer, node: fx.Node, context: Context) -> fx.Node | None:
+    x = node.args[0] if len(node.args) >= 3 else None
     if not isinstance(x, fx.Node) or not same_shape(x, node) or x.name in context.trainable:
         return None  # a weight of full shape is a bias, not a stream
-    product = _call(graph, node, torch.matmul, node.args[1:3], {})
-    product = _scaled(graph, node, product, node.kwargs.get("alpha", 1))
-    return _call(
-        graph,
-        node,
-        operator.add,
-        (_scaled(graph, node, x, node.kwargs.get("beta", 1)), product),
-        {},
-    )
+    product = write.call(torch.matmul, *node.args[1:3])
+    product = _scaled(write, product, node.kwargs.get("alpha", 1))
+    return write.call(operator.add, _scaled(write, x, node.kwargs.get("beta", 1)), product)
 
 
-_ADD_FORMS = {
-    "add": _add,
-    "addcmul": _addcmul,
-    "addmm": _addmm,
-    "baddbmm": _addmm,
-}
+_ADD_FORMS = {"add": _add, "addcmul": _addcmul, "addmm": _addmm, "baddbmm": _addmm}
 
 
-def _scaled(graph: fx.Graph, like: fx.Node, value: fx.Node, factor: Any) -> fx.Node:
+def _scaled(write: Writer, value: fx.Node, factor: Any) -> fx.Node:
     if not isinstance(factor, fx.Node) and factor == 1:
         return value
-    return _call(graph, like, operator.mul, (value, factor), {})
+    return write.call(operator.mul, value, factor)
 
 
 # --- RMSNorm written out ------------------------------------------------------------------------
@@ -194,44 +186,24 @@ def _join_rms_norms(graph: fx.Graph) -> int:
         if match is None:
             continue
         x, eps = match
-        dtype, have = value_of(node), value_of(x)
-        assert isinstance(dtype, torch.Tensor) and isinstance(have, torch.Tensor)
-        with graph.inserting_before(node):
-            if have.dtype != dtype.dtype:
-                x = _call(graph, node, "to", (x, dtype.dtype), {})
-            new = _call(graph, node, F.rms_norm, (x, (have.shape[-1],), None, eps), {})
-            if not dtype.is_contiguous():
-                new = _laid_as(node, new)
+        write = Writer(node.prev, node)
+        x = write.cast(x, dtype_of(node))
+        new = write.call(F.rms_norm, x, (shape_of(x)[-1],), None, eps)
+        value = value_of(node)
+        assert isinstance(value, torch.Tensor)
+        if not value.is_contiguous():
+            new = _laid_as(value, new, write)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         count += 1
     return count
 
 
-def _laid_as(like: fx.Node, norm: fx.Node) -> fx.Node:
+def _laid_as(value: torch.Tensor, norm: fx.Node, write: Writer) -> fx.Node:
     """The result of ``rms_norm``, which is contiguous, in the order in memory that it had.
 
     Spelled out it lies as x does, and random numbers are drawn in that order.
     """
-    value = value_of(like)
-    assert isinstance(value, torch.Tensor)
-    norm.meta["example_value"] = value.contiguous()
     order, back = memory_order(value)
-    write = Writer(norm, like)
     ordered = write.call("contiguous", write.call("permute", norm, order))
     return write.call("permute", ordered, back)
-
-
-# --- helpers ------------------------------------------------------------------------------------
-
-
-def _call(graph: fx.Graph, like: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
-    """A new node at the insertion point that computes what ``like`` (or a part of it) does."""
-    make = graph.call_method if isinstance(target, str) else graph.call_function
-    new = make(target, tuple(args), dict(kwargs))
-    new.meta = dict(like.meta)
-    if target == "to":
-        value = value_of(like)
-        assert isinstance(value, torch.Tensor)
-        new.meta["example_value"] = value.to(args[1])
-    return new

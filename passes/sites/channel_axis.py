@@ -7,20 +7,11 @@ from collections import Counter, deque
 from torch import fx
 
 from ..graph.dataflow import DataFlow
-from ..graph.operators import Kind, kind_of, op_name, shape_of
+from ..graph.operators import Kind, op_of, shape_of
 from ..graph.streamwise import streamwise_operands, transfer_axis
 from .records import Site
 
 __all__ = ["channel_axis", "set_axes"]
-
-_LAST = frozenset(
-    ["linear", "layer_norm", "rms_norm", "matmul", "mm", "bmm", "addmm", "native_layer_norm"]
-)
-_NORMS_OF_SECOND = frozenset(["batch_norm", "group_norm", "instance_norm", "native_group_norm"])
-_CONVOLUTIONS = {
-    **{f"conv{k}d": k for k in (1, 2, 3)},
-    **{f"conv_transpose{k}d": k for k in (1, 2, 3)},
-}
 
 
 def channel_axis(flow: DataFlow, site: Site) -> int | None:
@@ -43,8 +34,8 @@ def channel_axis(flow: DataFlow, site: Site) -> int | None:
             revealed = _revealed_axis(reader, node)
             if revealed is not None:
                 if axes.get(revealed) is not None:
-                    votes[axes[revealed]] += 2 if kind_of(reader) is Kind.NORM else 1
-                if kind_of(reader) is not Kind.NORM:
+                    votes[axes[revealed]] += 2 if op_of(reader).kind is Kind.NORM else 1
+                if op_of(reader).kind is not Kind.NORM:
                     continue
             follow = _followed(reader, node, axes)
             if follow is not None:
@@ -57,24 +48,18 @@ def channel_axis(flow: DataFlow, site: Site) -> int | None:
 
 
 def _revealed_axis(reader: fx.Node, node: fx.Node) -> int | None:
-    name, rank = op_name(reader), len(shape_of(node))
-    if not reader.args or reader.args[0] is not node:
+    channels = op_of(reader).channels
+    if channels is None or not reader.args or reader.args[0] is not node:
         return None
-    if name in _LAST:
-        return -1
-    if name in _NORMS_OF_SECOND:
-        return 1 - rank
-    if name in _CONVOLUTIONS or name == "convolution":
-        spatial = _CONVOLUTIONS.get(name, rank - 2)
-        return -1 - spatial
-    return None
+    return channels if channels < 0 else channels - len(shape_of(node))
 
 
 def _followed(reader: fx.Node, node: fx.Node, axes: dict[int, int]) -> dict[int, int] | None:
     """The map of axes behind an operation that neither mixes nor reduces."""
-    if kind_of(reader) is Kind.NORM:
+    kind = op_of(reader).kind
+    if kind is Kind.NORM:
         return axes
-    if kind_of(reader) is Kind.POINTWISE:
+    if kind is Kind.POINTWISE:
         same_rank = len(shape_of(reader)) == len(shape_of(node))
         return axes if same_rank else None
     if node not in streamwise_operands(reader):

@@ -43,14 +43,13 @@ from ..graph.operators import (
     Kind,
     hooked_tensor,
     is_float_tensor,
-    kind_of,
     op_name,
+    op_of,
     same_shape,
     shape_of,
     value_of,
 )
 from ..graph.streamwise import is_linear, streamwise_operands
-from .canonicalize import INLINED
 from .channel_axis import channel_axis, set_axes
 from .records import Detection, Reason, Rejected, Site, identity_of, location_of, stack_of
 
@@ -85,7 +84,7 @@ def _find(graph: fx.Graph, context: Context) -> Detection:
 def _require_inlined(graph: fx.Graph) -> None:
     """Declarations may stand inside such a part; unseen, its sites would stay plain in silence."""
     for node in graph.nodes:
-        if op_name(node) in INLINED:
+        if op_of(node).body:
             raise UnsupportedError(
                 f"{op_name(node)} at {location_of(node)}: the residual adds inside are found only "
                 "behind the pass 'canonicalize', which Config(disabled=...) leaves out. This model "
@@ -356,11 +355,11 @@ class _Detector:
                 state = self.up[state]
             mixes = False
             while True:  # back through what was done to the skip: a convolution, its norm
-                mixes = mixes or kind_of(state) is Kind.MIXING
+                mixes = mixes or op_of(state).kind is Kind.MIXING
                 sources = self._activations(state)
                 if self._shares_stream(sources, others):
                     return Reason.PROJECTED_SKIP if mixes else Reason.GATED_SKIP
-                if len(sources) != 1 or kind_of(state) is Kind.MIXING:
+                if len(sources) != 1 or op_of(state).kind is Kind.MIXING:
                     break
                 state = self.base.get(sources[0], sources[0])
         return Reason.INDEPENDENT
@@ -452,7 +451,7 @@ class _Detector:
 
     def _branch_name(self, key: str, owner: str, region: set[fx.Node]) -> str:
         ordered = sorted(region, key=self.flow.index.__getitem__)
-        mixing = [n for n in ordered if kind_of(n) is Kind.MIXING]
+        mixing = [n for n in ordered if op_of(n).kind is Kind.MIXING]
         for node in mixing:
             child = self._child_within(node, key)
             if child:
@@ -604,7 +603,7 @@ class _Detector:
         return {
             (identity_of(key), self._child_within(node, key))
             for node in self.flow.order
-            if kind_of(node) is Kind.MIXING
+            if op_of(node).kind is Kind.MIXING
             for key in ("", *(key for key, _ in stack_of(node)))  # "": the root of the capture
         }
 
@@ -716,13 +715,12 @@ def is_reduction_of(flow: DataFlow, node: fx.Node, state: fx.Node) -> bool:
     allowed = (Kind.POINTWISE, Kind.CAST, Kind.REDUCTION)
     region = flow.region(state, [node])
     dependent = [n for n in region if flow.depends(n, state)]
-    return all(kind_of(n) in allowed for n in dependent)
+    return all(op_of(n).kind in allowed for n in dependent)
 
 
 def _is_add(node: fx.Node) -> bool:
     return (
-        node.op in ("call_function", "call_method")
-        and op_name(node) in ("add", "iadd", "add_")
+        op_of(node).name in ("add", "add_")
         and len(node.args) == 2
         and all(is_float_tensor(a) for a in node.args)
         and is_float_tensor(node)
@@ -736,17 +734,9 @@ def _operands(add: fx.Node) -> tuple[fx.Node, fx.Node]:
     return a, b
 
 
-_CREATED = frozenset(
-    "zeros ones full empty zeros_like ones_like full_like new_zeros new_ones new_full".split()
-)
-
-
 def _is_constant(node: fx.Node) -> bool:
     """Whether a node creates a tensor out of nothing but sizes."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = op_name(node)
-    return name in _CREATED
+    return op_of(node).creates
 
 
 def _last_name(placeholder: fx.Node) -> str:
@@ -772,5 +762,5 @@ def _in_control_flow(order: list[fx.Node]) -> list[Rejected]:
 
 def _is_backward(body: fx.Node) -> bool:
     """Whether a body is the backward of a ``torch.autograd.Function``."""
-    users = [u for u in body.users if op_name(u) == "autograd_function_apply"]
+    users = [u for u in body.users if op_of(u).name == "autograd_function_apply"]
     return any(u.args[1] is body for u in users)

@@ -26,27 +26,27 @@ import torch.nn.functional as F
 from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..graph.dataflow import AFTER_WRITE, is_mutation, memory_roots, memory_shown_by, writes
+from ..graph.dataflow import memory_roots, memory_shown_by, writes
 from ..graph.modes import Modes
 from ..graph.operators import (
     Kind,
+    after_write,
     dtype_of,
     holds_tensor,
     is_float_tensor,
-    kind_of,
-    op_name,
+    op_of,
     same_shape,
     value_of,
 )
-from ..graph.writer import set_example_value
+from ..graph.writer import Writer, marker
 
-__all__ = ["after_write", "join_versions", "remove_in_place", "separate_versions"]
+__all__ = ["join_versions", "remove_in_place", "separate_versions"]
 
-_OPERATORS = {
-    "iadd": operator.add,
-    "isub": operator.sub,
-    "imul": operator.mul,
-    "itruediv": operator.truediv,
+_OPERATORS: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
 }
 
 
@@ -59,14 +59,6 @@ def remove_in_place(graph: fx.Graph, grad: bool) -> int:
     """
     count = sum(_remove_out(graph, node) for node in list(graph.nodes))
     return count + _Functional(graph, grad).run()
-
-
-def after_write(value: Any) -> Any:
-    """The value itself, as it is behind a write into memory that it shows."""
-    return value
-
-
-assert after_write.__name__ == AFTER_WRITE
 
 
 def separate_versions(graph: fx.Graph) -> int:
@@ -92,8 +84,7 @@ def _version(
     if not later or not is_float_tensor(view):
         return view
     with graph.inserting_after(write):
-        new = graph.call_function(after_write, (view,))
-    new.meta = dict(view.meta)
+        new = marker(after_write, view)
     position[new] = position[write]
     for user in later:
         user.replace_input_with(view, new)
@@ -118,10 +109,9 @@ def _remove_out(graph: fx.Graph, node: fx.Node) -> bool:
     if not is_float_tensor(node) or not same_shape(out, node) or dtype_of(out) != dtype_of(node):
         return False
     kwargs = {k: v for k, v in node.kwargs.items() if k != "out"}
-    with graph.inserting_before(node):
-        new = _call(graph, node, node.target, node.args, kwargs)
-        copied = _call(graph, node, "copy_", (out, new), {})
-    node.replace_all_uses_with(copied)
+    write = Writer(node.prev, node)
+    new = write.call(node.target, *node.args, **kwargs)
+    node.replace_all_uses_with(write.call("copy_", out, new))
     graph.erase_node(node)
     return True
 
@@ -212,10 +202,9 @@ class _Functional:
         written, functional = node.args[0], _functional_form(node)
         assert isinstance(written, fx.Node) and functional is not None
         target, args, kwargs = functional
-        with self.graph.inserting_before(node):
-            new = _call(self.graph, node, target, args, kwargs)
-            if _promotes(node):  # a write keeps the dtype of what it writes into
-                new = _call(self.graph, node, "to", (new, dtype_of(node)), {})
+        write = Writer(node.prev, node)
+        # A write keeps the dtype of what it writes into.
+        new = write.cast(write.call(target, *args, **kwargs), dtype_of(node))
         self.index[new] = self.index[node]
         self.modes.set(new, self.modes.of(node))
         node.replace_all_uses_with(new)
@@ -228,9 +217,7 @@ class _Functional:
 
     def _write_back(self, entered: fx.Node, value: fx.Node) -> None:
         """Give the caller what was written; who returns the input returns that very tensor."""
-        with self.graph.inserting_before(self.output):
-            copied = self.graph.call_method("copy_", (entered, value))
-        copied.meta = {"example_value": value_of(entered)}
+        copied = Writer(self.output.prev, self.output).call("copy_", entered, value)
         self.output.replace_input_with(value, copied)
 
 
@@ -240,19 +227,14 @@ def _storage(node: fx.Node) -> object:
     return StorageWeakRef(value.untyped_storage()) if isinstance(value, torch.Tensor) else node
 
 
-def _promotes(node: fx.Node) -> bool:
-    values = [value_of(a) for a in node.args if isinstance(a, fx.Node)]
-    dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.dim()}
-    return len(dtypes) > 1
-
-
 def _functional_form(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     """Target and arguments of an in-place pointwise operation that does not write."""
     if not node.args or not is_float_tensor(node.args[0]) or not holds_tensor(node):
         return None
-    name, kwargs = op_name(node), dict(node.kwargs)
-    if name in _OPERATORS:
-        return _OPERATORS[name], node.args, kwargs
+    op, kwargs = op_of(node), dict(node.kwargs)
+    if (functional := _OPERATORS.get(node.target)) is not None:
+        return functional, node.args, kwargs
+    name = op.name
     if name == "copy_" and len(node.args) == 2 and not kwargs:
         into, source = node.args
         same = is_float_tensor(source) and same_shape(into, source)  # type: ignore[arg-type]
@@ -261,22 +243,11 @@ def _functional_form(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any
     if node.kwargs.get("inplace") or (name == "dropout" and node.args[3:4] == (True,)):
         kwargs["inplace"] = False
         return node.target, node.args[:3] if name == "dropout" else node.args, kwargs
-    if is_mutation(node) and name.endswith("_"):
+    if op.in_place and name.endswith("_"):
         plain = name[:-1]
-        known = kind_of(node) in (Kind.POINTWISE, Kind.DROPOUT)
+        known = op.kind in (Kind.POINTWISE, Kind.DROPOUT)
         if known and hasattr(torch.Tensor, plain):
             return plain, node.args, kwargs
         if known and hasattr(F, plain):
             return getattr(F, plain), node.args, kwargs
     return None
-
-
-def _call(graph: fx.Graph, like: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
-    """A new node at the insertion point that does the work of another."""
-    make = graph.call_method if isinstance(target, str) else graph.call_function
-    new = make(target, tuple(args), dict(kwargs))
-    new.meta = dict(like.meta)
-    if target == "to":
-        del new.meta["example_value"]
-        set_example_value(new)
-    return new

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import mhc_compile
 from mhc_compile.passes.errors import NoSitesError
-from mhc_compile.passes.graph.operators import Kind, kind_of, op_name
+from mhc_compile.passes.graph.operators import Kind, op_name, op_of
 from tests.passes.graphs import WIDTH
 
 
@@ -67,7 +67,7 @@ def test_only_known_functions_have_a_bare_name(target: Any, name: str) -> None:
     node = call(target)
     assert op_name(node) == name
     if "::" in name:
-        assert kind_of(node) is Kind.MIXING
+        assert op_of(node).kind is Kind.MIXING
 
 
 class Block(nn.Module):
