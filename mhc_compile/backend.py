@@ -32,7 +32,7 @@ from .config import Config
 from .inspect import history
 from .model import swap
 from .model.backward import number_calls
-from .model.declare import Spec, collect, declaration_nodes
+from .model.declare import Spec
 from .model.hooks import errors_name_hooks
 from .passes.context import Context
 from .passes.errors import (
@@ -42,10 +42,9 @@ from .passes.errors import (
     NoSitesError,
     UnsupportedError,
 )
-from .passes.pipeline import EXAMINE, PIPELINE
-from .passes.runner import HistoryEntry, Pass, run_pipeline
-from .passes.sites.canonicalize import canonicalize
-from .passes.sites.detect import detect
+from .passes.pipeline import EXAMINE, REPORT, REWRITE
+from .passes.runner import HistoryEntry, run_pipeline
+from .passes.sites.declared import declaration_nodes
 from .passes.sites.records import identity_of, stack_of
 from .transform import DDP_COMES_LAST, attach, context_of, options_of, owners_in
 
@@ -172,15 +171,13 @@ def _compile_graph(
         grad_enabled=torch.is_grad_enabled(),
         trainable=_trainable(work, example_inputs),
         owners=owners_in(*owners),
+        declarations={},
         broken_at=_torch.break_reason(gm),
     )
-    if "canonicalize" in declared.disabled:
-        collect(work.graph, context)
-    work, entries = run_pipeline(
-        work, context, _checked(PIPELINE, sites), disabled=declared.disabled
-    )
+    work, entries = run_pipeline(work, context, EXAMINE)
+    guard.require_own_branches(sites, work, context)
+    work, entries = run_pipeline(work, context, (*REWRITE, *REPORT), entries)
     history.trace(entries)
-    _erase_declarations(work)
     broken_at = _broken_at(gm, module)
     guard.require_alive(sites, work, lambda: guard.undeclared_in(context.detection), broken_at)
     _require_synchronisation(work, context, example_inputs)
@@ -232,29 +229,6 @@ def _require_nothing_lost(
 
     if sites.declared:
         guard.require_alive(sites, work, undeclared, _broken_at(gm, module))
-
-
-def _checked(passes: Sequence[Pass], sites: guard.Sites) -> list[Pass]:
-    """The passes on the graph of a model whose sites are declared.
-
-    Declarations are read as soon as the bodies that may hold some are inlined; what was detected
-    must fit them.
-    """
-
-    def canonicalize_and_collect(gm: fx.GraphModule, context: Context) -> Any:
-        result = canonicalize(gm, context)
-        if read := collect(result.gm.graph, context):
-            notes = [*result.notes, f"{read} declarations read"]
-            result = replace(result, changed=True, notes=notes)
-        return result
-
-    def detect_and_compare(gm: fx.GraphModule, context: Context) -> Any:
-        result = detect(gm, context)
-        guard.require_own_branches(sites, gm, context)
-        return result
-
-    run = {"canonicalize": canonicalize_and_collect, "detect": detect_and_compare}
-    return [Pass(p.name, run.get(p.name, p.run), p.ensures) for p in passes]
 
 
 def _run_eagerly(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Runner:
@@ -310,15 +284,6 @@ def _warn_of_frozen(gm: fx.GraphModule, context: Context, inputs: Sequence[Any])
             "['mhc']) does not name.",
             stacklevel=2,
         )
-
-
-def _erase_declarations(gm: fx.GraphModule) -> None:
-    """Only where a disabled pass left them: running one raises."""
-    for module in gm.modules():
-        if isinstance(module, fx.GraphModule):
-            for node in list(declaration_nodes(module.graph)):
-                module.graph.erase_node(node)
-            module.recompile()
 
 
 def _trainable(gm: fx.GraphModule, inputs: Sequence[Any]) -> frozenset[str]:
@@ -403,7 +368,7 @@ def _first_call_of_plain(
     _check_whole(gm, module)
     work, captured = copy_graph(gm), copy_graph(gm)
     context = context_of(work, example_inputs, module, config)
-    work, _ = run_pipeline(work, context, PIPELINE[:2], disabled=config.disabled)
+    work, examined = run_pipeline(work, context, EXAMINE)
     detection = context.detection
     if detection is None or not detection.sites:
         raise NoSitesError(
@@ -413,12 +378,12 @@ def _first_call_of_plain(
             "(TORCH_LOGS=graph_breaks shows them), call mhc_compile.transform(model) first."
         )
     # Dynamo keeps the runner: what belongs to this module must not stay in it.
-    waiting = [(module, example_inputs, work, context, detection)]
+    waiting = [(module, example_inputs, work, context, detection, examined)]
 
     def first_call(*inputs: Any) -> Any:
-        model, values, graph, context, detection = waiting.pop()
+        model, values, graph, context, detection, examined = waiting.pop()
         extra = _add_inputs(graph, detection, attach(model, graph, values, detection, config))
-        rewritten, entries = run_pipeline(graph, context, PIPELINE[2:])
+        rewritten, entries = run_pipeline(graph, context, (*REWRITE, *REPORT), examined)
         history.record(captured, rewritten, entries, context, [*values, *extra])
         return _run_eagerly(rewritten, [*values, *extra])(*inputs, *extra)
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from .kernels.variants import VARIANTS, Variant, get_variant
-from .passes.pipeline import PARTITIONED, PIPELINE, REQUIRED
+from .passes.pipeline import EVERY
+from .passes.runner import Tier
 
 INITS = ("preserve", "paper")
 READOUTS = ("mean", "sum", "head")
@@ -165,15 +166,17 @@ def _check_real(
 
 
 def _check_passes(disabled: tuple[str, ...]) -> None:
-    known = [step.name for step in (*PIPELINE, *PARTITIONED)]
+    known = [step.name for step in EVERY]
     if unknown := [name for name in disabled if name not in known]:
         raise ValueError(
             f"Config: disabled names no pass: {', '.join(unknown)}; passes are {', '.join(known)}"
         )
-    if required := [name for name in disabled if name in REQUIRED]:
+    if required := [p.name for p in EVERY if p.name in disabled and p.tier is Tier.REQUIRED]:
+        others = ", ".join(p.name for p in EVERY if p.tier is not Tier.REQUIRED)
         raise ValueError(
             f"Config: {', '.join(required)} cannot be disabled: without it a model would run its "
-            f"plain residuals. To leave sites out use exclude, to leave mHC mhc_compile.revert."
+            "plain residuals. To leave sites out use exclude, to leave mHC mhc_compile.revert. "
+            f"Optimisations, which can be disabled, are {others}"
         )
 
 

@@ -146,6 +146,7 @@ def options_of(config: Config) -> Options:
         defer_norms=config.defer_norms,
         include=config.include,
         exclude=config.exclude,
+        disabled=config.disabled,
     )
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
 from ..kernels.variants import Variant
-
-if TYPE_CHECKING:
-    from .sites.records import Detection, Rejected, Site
+from .sites.records import Detection, OpenEnd, OpenSite, Rejected, Site
 
 __all__ = ["Context", "Declaration", "Options", "PassResult"]
 
@@ -29,6 +27,7 @@ class Options:
         stream_dtype: dtype in which streams are kept, ``None`` for the model's own.
         defer_norms: whether the user's own RMSNorms are deferred behind their matmuls.
         include, exclude: ``fnmatch`` patterns over site names.
+        disabled: names of passes that are left out.
     """
 
     n: int
@@ -39,6 +38,7 @@ class Options:
     defer_norms: bool = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    disabled: tuple[str, ...] = ()
 
 
 @dataclass
@@ -77,6 +77,9 @@ class Context:
             in this graph.
         broken_at: where and why the capture of this graph ended early, if it did.
         detection: the result of ``detect``.
+        open_sites, open_ends: what ``widen`` wrote.
+        left_open: those of them of which no operators were made, each with the reason.
+        operators: how many ``mhc::`` operators there are of each name and implementation.
         written_back: the products with which the model's own hyper-connections are computed.
         own: these connections, recognised or not.
     """
@@ -89,6 +92,10 @@ class Context:
     homes: frozenset[int] = frozenset()
     broken_at: str | None = None
     detection: Detection | None = None
+    open_sites: Sequence[OpenSite] = ()
+    open_ends: Sequence[OpenEnd] = ()
+    left_open: Mapping[OpenSite, str] = field(default_factory=dict)
+    operators: Counter[tuple[str, str]] = field(default_factory=Counter)
     written_back: set[fx.Node] = field(default_factory=set)
     own: list[Site | Rejected] = field(default_factory=list)
 

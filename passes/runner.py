@@ -1,8 +1,10 @@
-"""The one doorway through which every pass goes: named, timed, linted, remembered."""
+"""The one doorway through which every pass goes: named, checked, timed, remembered."""
 
 from __future__ import annotations
 
+import enum
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,13 +14,31 @@ from torch import fx
 
 from .context import Context, PassResult
 from .errors import MhcError
+from .graph.values import Snapshot
 
-__all__ = ["HistoryEntry", "Pass", "run_pipeline"]
+__all__ = ["HistoryEntry", "Pass", "Tier", "run_pipeline"]
 
 log = logging.getLogger("mhc_compile.passes")
 
 _IMPORTS = "from math import inf, nan\n\nimport torch\nfrom torch import device\n"
 """What the code of an ``fx`` graph takes for granted."""
+
+_VERIFY = "MHC_COMPILE_VERIFY"
+"""Environment variable: if set, shapes and dtypes are propagated again behind every pass."""
+
+Condition = Callable[[fx.GraphModule, Context], Sequence[str]]
+"""What is wrong with a graph; nothing where the condition holds."""
+
+
+def _nothing(gm: fx.GraphModule, context: Context) -> Sequence[str]:
+    return ()
+
+
+class Tier(enum.Enum):
+    """What depends on a pass: only an optimisation can be left out."""
+
+    REQUIRED = "required"
+    OPTIMISATION = "optimisation"
 
 
 @dataclass(frozen=True)
@@ -28,12 +48,16 @@ class Pass:
     Attributes:
         name: by which it is reported and disabled.
         run: ``(gm, context) -> PassResult``.
-        ensures: the pass's postcondition; a list of violations, empty when it holds.
+        requires: what must hold in front of it.
+        ensures: what would be false behind it if it were wrong.
+        tier: whether it can be disabled.
     """
 
     name: str
     run: Callable[[fx.GraphModule, Context], PassResult]
-    ensures: Callable[[fx.GraphModule, Context], list[str]] = lambda gm, context: []
+    requires: Condition = _nothing
+    ensures: Condition = _nothing
+    tier: Tier = Tier.OPTIMISATION
 
 
 @dataclass(frozen=True)
@@ -73,13 +97,15 @@ def run_pipeline(
     gm: fx.GraphModule,
     context: Context,
     passes: Iterable[Pass],
+    history: list[HistoryEntry] | None = None,
     *,
-    disabled: Sequence[str] = (),
     graph: str = "captured",
 ) -> tuple[fx.GraphModule, list[HistoryEntry]]:
     """Run the passes in order on a graph that may be changed.
 
     Args:
+        context: among its options are the names of the passes that are left out.
+        history: of the passes before, which goes on; None where the graph has just come.
         graph: which graph it is, as ``HistoryEntry.graph`` says it.
 
     Returns:
@@ -87,16 +113,14 @@ def run_pipeline(
 
     Raises:
         MhcError: from a pass, unchanged, where the user can do something about it.
-        RuntimeError: a pass failed or broke its postcondition; says which, and after which.
+        RuntimeError: a pass failed, or what it requires or ensures does not hold; says which, and
+            after which others.
     """
-    captured = graph == "captured"
-    name, note = ("capture", "as captured") if captured else (graph, "as AOTAutograd made it")
-    history = [HistoryEntry(name, 0.0, (note,), code=gm.code, graph=graph)]
+    history = [_as_it_came(gm, graph)] if history is None else history
     for step in passes:
-        if step.name in disabled:
-            history.append(
-                HistoryEntry(step.name, 0.0, ("disabled",), False, history[-1].code, graph)
-            )
+        if step.tier is Tier.OPTIMISATION and step.name in context.options.disabled:
+            left_out = HistoryEntry(step.name, 0.0, ("disabled",), False, history[-1].code, graph)
+            history.append(left_out)
             continue
         gm, entry = _run_one(step, gm, context, history)
         history.append(entry)
@@ -105,28 +129,44 @@ def run_pipeline(
     return gm, history
 
 
+def _as_it_came(gm: fx.GraphModule, graph: str) -> HistoryEntry:
+    captured = graph == "captured"
+    name, note = ("capture", "as captured") if captured else (graph, "as AOTAutograd made it")
+    return HistoryEntry(name, 0.0, (note,), code=gm.code, graph=graph)
+
+
 def _run_one(
     step: Pass, gm: fx.GraphModule, context: Context, history: Sequence[HistoryEntry]
 ) -> tuple[fx.GraphModule, HistoryEntry]:
-    done = ", ".join(e.name for e in history)
+    done = f"(after {', '.join(e.name for e in history)})"
     start = time.perf_counter()
     try:
+        _require(step.requires(gm, context), f"pass '{step.name}' cannot run {done}")
+        before = Snapshot(gm.graph) if os.environ.get(_VERIFY) else None
         result = step.run(gm, context)
         if result.changed:
             result.gm.graph.lint()
             result.gm.recompile()
-        violations = step.ensures(result.gm, context)
-    except MhcError:
+        broke = f"pass '{step.name}' broke its postcondition {done}"
+        if before is not None:
+            _require(before.violations(result.gm.graph), broke)
+        _require(step.ensures(result.gm, context), broke)
+    except (MhcError, _ConditionError):
         raise
     except Exception as error:
-        raise RuntimeError(f"pass '{step.name}' failed (after {done}): {error}") from error
-    if violations:
-        raise RuntimeError(
-            f"pass '{step.name}' broke its postcondition (after {done}): {'; '.join(violations)}"
-        )
+        raise RuntimeError(f"pass '{step.name}' failed {done}: {error}") from error
     elapsed = (time.perf_counter() - start) * 1e3
     notes = tuple(result.notes) or ("nothing to do",)
     entry = HistoryEntry(
         step.name, elapsed, notes, result.changed, result.gm.code, history[-1].graph
     )
     return result.gm, entry
+
+
+class _ConditionError(RuntimeError):
+    """Something that must hold in front of or behind a pass does not."""
+
+
+def _require(violations: Sequence[str], what: str) -> None:
+    if violations:
+        raise _ConditionError(f"{what}: {'; '.join(violations)}")

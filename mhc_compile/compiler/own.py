@@ -18,7 +18,7 @@ from ..capture import copy_graph
 from ..config import Config
 from ..passes.context import Context
 from ..passes.errors import UnsupportedError
-from ..passes.pipeline import OWN
+from ..passes.pipeline import OWN, REPORT
 from ..passes.runner import HistoryEntry, run_pipeline
 from ..passes.sites.records import Site
 from ..transform import options_of
@@ -35,7 +35,7 @@ _known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 def connections(gm: fx.GraphModule) -> Context:
     """The hyper-connections in a graph, in ``.own`` of the context; the graph is rewritten."""
     context = Context(options_of(Config(n=1)))
-    run_pipeline(gm, context, OWN[:-1])
+    run_pipeline(gm, context, OWN)
     return context
 
 
@@ -66,7 +66,7 @@ def rewrite(
     _refuse_options(module, found, options)
     config = Config(**{**options, "n": 1})
     context = Context(options_of(config), grad_enabled=torch.is_grad_enabled())
-    _, entries = run_pipeline(gm, context, OWN, disabled=config.disabled)
+    _, entries = run_pipeline(gm, context, (*OWN, *REPORT))
     return context, entries
 
 

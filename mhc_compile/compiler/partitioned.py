@@ -62,7 +62,6 @@ class PartitionedPasses(_torch.InferenceAwareGraphPass):
             gm,
             Context(options_of(self._config)),
             PARTITIONED,
-            disabled=self._config.disabled,
             graph="inference" if is_inference else kind,
         )
         history.trace(done)

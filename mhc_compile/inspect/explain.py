@@ -13,12 +13,12 @@ from ..capture import as_call, capture, copy_graph, merge
 from ..compiler.own import connections
 from ..config import Config
 from ..model import swap
-from ..model.declare import Spec, collect
+from ..model.declare import Spec
 from ..passes.errors import ExampleInputsError
 from ..passes.graph.operators import shape_of
+from ..passes.pipeline import EXAMINE
 from ..passes.recognition.recognize import write_backs
-from ..passes.sites.canonicalize import canonicalize
-from ..passes.sites.detect import detect
+from ..passes.runner import run_pipeline
 from ..passes.sites.records import Detection, Reason, Rejected, Site
 from ..transform import context_of, infer_inputs
 
@@ -110,11 +110,9 @@ def explain(
     gm, inputs = merge(capture(model, *call))
     own = [] if declared else connections(copy_graph(gm)).own
     context = context_of(gm, inputs, model, chosen)
-    canonicalize(gm, context)
     if declared is not None:
-        collect(gm.graph, context)
-        context.homes = frozenset(d.chain for g in (context.declarations or {}).values() for d in g)
-    detect(gm, context)
+        context.declarations, context.homes = {}, _declared_chains(model)
+    run_pipeline(gm, context, EXAMINE)
     found = context.detection
     assert found is not None
     if own:
@@ -153,6 +151,12 @@ def _explain_own(
         chains=[[a for a in adds if a.chain == k] for k in dict.fromkeys(a.chain for a in adds)],
         own=True,
     )
+
+
+def _declared_chains(model: nn.Module) -> frozenset[int]:
+    """All chains: one call shows them as far as it takes them, whole or not."""
+    swapped = (m for m in model.modules() if swap.is_swapped(m))
+    return frozenset(s.chain for m in swapped for s in Spec.from_json(m.__dict__[swap.SPEC]).sites)
 
 
 def _declared_config(model: nn.Module) -> Config | None:

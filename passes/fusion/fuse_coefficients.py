@@ -53,9 +53,10 @@ from ..recognition.mapping import (
     require_one_tag,
 )
 from ..recognition.token_rules import TOKENS, Known, Value
-from ..sites.records import Reason, Rejected, Site, location_of, stack_of
+from ..sites.records import Reason, Rejected, Site, location_of
+from .fuse_open import Report, fuse_open
 
-__all__ = ["fuse_coefficients"]
+__all__ = ["every_site_is_fused", "fuse_coefficients"]
 
 _NEARBY = 150
 """Nodes between coefficients and the streams they are applied to; a bound on the search."""
@@ -65,14 +66,26 @@ _PRE, _POST, _RES = range(3)
 
 def fuse_coefficients(gm: fx.GraphModule, context: Context) -> PassResult:
     """Fuse every mapping that is one, then what its coefficients are applied to."""
+    effects, report = unread(gm.graph), Report()
+    fuse_open(context, report)
+    if report.made:
+        erase_dead_code(gm.graph, keep=effects)
     with kept_apart(gm.graph, context.grad_enabled):
-        return _fuse(gm, context)
+        return _fuse(gm, context, effects, report)
 
 
-def _fuse(gm: fx.GraphModule, context: Context) -> PassResult:
-    effects = unread(gm.graph)
-    report = _Report()
-    fused = [_fuse_mapping(m, context, report) for m in mappings(gm.graph)]
+def every_site_is_fused(gm: fx.GraphModule, context: Context) -> list[str]:
+    """What ``widen`` wrote is operators now, or there is a reason."""
+    nodes = set(gm.graph.nodes)
+    open_sites = [s for s in context.open_sites if s not in context.left_open]
+    problems = [f"{s.site.name} is still open" for s in open_sites if s.flat in nodes]
+    return problems + [f"{e.node.name} is still open" for e in context.open_ends if e.node in nodes]
+
+
+def _fuse(
+    gm: fx.GraphModule, context: Context, effects: frozenset[fx.Node], report: Report
+) -> PassResult:
+    fused = [_fuse_mapping(m, context, report) for m in _by_hand(gm.graph, context)]
     found = [f for f in fused if f is not None]
     if found:
         erase_dead_code(gm.graph, keep=effects)
@@ -82,36 +95,15 @@ def _fuse(gm: fx.GraphModule, context: Context) -> PassResult:
     if found:
         erase_dead_code(gm.graph, keep=effects)
     context.own += [*_own_sites(found), *report.refused]
-    return PassResult(gm, changed=bool(found), notes=report.notes())
-
-
-@dataclass
-class _Report:
-    """What was fused and what was not, equal cases counted."""
-
-    made: dict[str, int] = field(default_factory=dict)
-    left: dict[str, list[str]] = field(default_factory=dict)
-    refused: list[Rejected] = field(default_factory=list)
-
-    def add(self, operator_name: str) -> None:
-        self.made[operator_name] = self.made.get(operator_name, 0) + 1
-
-    def refuse(self, what: str, reason: object, node: fx.Node) -> str:
-        """Note what is left open, and why; returns that without its place."""
-        stack, note = stack_of(node), f"{what} left open: {reason}"
-        place = " ".join(p for p in (stack[-1][1] if stack else "", location_of(node)) if p)
-        self.left.setdefault(note, []).append(place or node.name)
-        return note
-
-    def notes(self) -> list[str]:
-        made = [f"{count} x mhc.{name}" for name, count in self.made.items()]
-        return made + [
-            f"{len(places)} x {reason} (at {places[0]}{', ...' if len(places) > 1 else ''})"
-            for reason, places in self.left.items()
-        ]
+    return PassResult(gm, changed=bool(report.made), notes=report.notes())
 
 
 # --- from the projection to the coefficients ------------------------------------------------------
+
+
+def _by_hand(graph: fx.Graph, context: Context) -> list[Mapping]:
+    """The mappings that ``widen`` did not write: of those, all is known."""
+    return [m for m in mappings(graph) if not (context.open_sites and is_widened(m.y))]
 
 
 @dataclass
@@ -140,7 +132,7 @@ class _Coefficients:
         return self.reading.mapping.width
 
 
-def _fuse_mapping(mapping: Mapping, context: Context, report: _Report) -> _Coefficients | None:
+def _fuse_mapping(mapping: Mapping, context: Context, report: Report) -> _Coefficients | None:
     try:
         reading = read(mapping)
     except Refused as refused:
@@ -189,7 +181,7 @@ def _result(write: Writer, made: fx.Node, role: int) -> fx.Node:
 # --- what coefficients are applied to -------------------------------------------------------------
 
 
-def _fuse_pre(site: _Coefficients, report: _Report) -> None:
+def _fuse_pre(site: _Coefficients, report: Report) -> None:
     products = _Products([site.H_pre], site.width)
     X, (H_pre,) = products.X, products.coefficients
     wanted = [(H_pre.unsqueeze(1) @ X).squeeze(1)]
@@ -200,7 +192,7 @@ def _fuse_pre(site: _Coefficients, report: _Report) -> None:
         report.add("pre")
 
 
-def _fuse_post_res(site: _Coefficients, report: _Report) -> None:
+def _fuse_post_res(site: _Coefficients, report: Report) -> None:
     coefficients = [H for H in (site.H_post, site.H_res) if H is not None]
     products = _Products(coefficients, site.width)
     X, f, (H_post, *H_res) = products.X, products.f, products.coefficients
@@ -254,7 +246,7 @@ class _Products:
         return [seed.data for seed in self.seeds.values()]
 
     def find(
-        self, wanted: Sequence[Tensor], what: str, site: _Coefficients, report: _Report
+        self, wanted: Sequence[Tensor], what: str, site: _Coefficients, report: Report
     ) -> list[_Found]:
         """The nodes whose value is one of those wanted, each with the cast that follows it."""
         region = grow(

@@ -35,7 +35,7 @@ from ..context import Context, PassResult
 from ..graph.operators import dtype_of, op_name, value_of
 from .replace import Fusion, Value, item, items, sum_of
 
-__all__ = ["fuse_seams"]
+__all__ = ["fuse_seams", "no_seam_is_left"]
 
 Made = tuple[str, str]
 """The operator that was made, and why it is not more than that; each may be empty."""
@@ -50,25 +50,40 @@ def fuse_seams(gm: fx.GraphModule, context: Context) -> PassResult:
     return PassResult(gm, bool(made), notes + [reason for _, reason in found if reason])
 
 
+def no_seam_is_left(gm: fx.GraphModule, context: Context) -> list[str]:
+    """No coefficients stand beside the pre that reads them, where both could be one operator."""
+    pairs = [_pair(node) for node in _operators(gm.graph, "coefficients")]
+    fusible = [p for p in pairs if isinstance(p, Fusion) and p.obstacle() is None]
+    return [f"{p.members[0].name} and {p.members[1].name} stay apart" for p in fusible]
+
+
 def _fuse_forward(coefficients: fx.Node) -> Made:
     """Fuse coefficients with the pre that reads them, and with the post_res in front."""
+    pair = _pair(coefficients)
+    if isinstance(pair, str):
+        return "", pair
+    X: Any = coefficients.args[0]
+    if not _is(X, "post_res"):
+        return _make(pair, _way(coefficients, X, lambda n: n.all_input_nodes, "post_res"))
+    arguments, outputs = pair.arguments[1:], [(X, None), *pair.outputs]
+    seam = _fusion("seam", [X, *pair.members], (*X.args, *arguments), outputs)
+    return _make(seam) if (reason := seam.obstacle()) is None else _make(pair, (X, reason))
+
+
+def _pair(coefficients: fx.Node) -> Fusion | str:
+    """Coefficients and the pre that reads them as one operator, or why that cannot be."""
     X, *parameters = coefficients.args
     assert isinstance(X, fx.Node)
     readers = [u for H_pre in items(coefficients, 0) for u in H_pre.users if _is(u, "pre")]
     pre = min((u for u in readers if u.args[1] is X), default=None)
     if pre is None:
-        return "", f"{coefficients} stays alone: no mhc.pre reads its H_pre and the same streams"
+        return f"{coefficients} stays alone: no mhc.pre reads its H_pre and the same streams"
     dtype: Any = pre.args[2]
     if torch.promote_types(dtype_of(X), dtype) is not dtype_of(X):
-        return "", f"{coefficients} and {pre} stay apart: h is {dtype}, the streams {dtype_of(X)}"
+        return f"{coefficients} and {pre} stay apart: h is {dtype}, the streams {dtype_of(X)}"
     arguments = (*parameters, dtype)
     outputs: list[Value] = [(pre, None), *((coefficients, i) for i in range(5))]
-    pair = _fusion("coefficients_pre", [coefficients, pre], (X, *arguments), outputs)
-    if not _is(X, "post_res"):
-        return _make(pair, _way(coefficients, X, lambda n: n.all_input_nodes, "post_res"))
-    outputs = [(X, None), *outputs]
-    seam = _fusion("seam", [X, coefficients, pre], (*X.args, *arguments), outputs)
-    return _make(seam) if (reason := seam.obstacle()) is None else _make(pair, (X, reason))
+    return _fusion("coefficients_pre", [coefficients, pre], (X, *arguments), outputs)
 
 
 def _fuse_backward(coefficients: fx.Node) -> Made:

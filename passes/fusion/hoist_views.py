@@ -12,6 +12,7 @@ graph the views lie behind post_res_backward, for the same reason.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..graph.modes import kept_apart
 from ..graph.operators import op_of, same_sizes, shape_of
 from ..graph.writer import Writer
 
-__all__ = ["hoist_views"]
+__all__ = ["hoist_views", "no_view_is_left"]
 
 _POST_RES = torch.ops.mhc.post_res.default
 
@@ -38,16 +39,28 @@ def hoist_views(gm: fx.GraphModule, context: Context) -> PassResult:
 
 
 def _hoist_all(graph: fx.Graph) -> int:
-    overwritten, moved = written(graph), 0
+    found = list(_behind_post_res(graph))
+    for view, post_res in found:
+        _hoist(view, post_res)
+    return len(found)
+
+
+def no_view_is_left(gm: fx.GraphModule, context: Context) -> list[str]:
+    """No view of tokens alone reads a post_res."""
+    with kept_apart(gm.graph, context.grad_enabled):
+        return [f"{view.name} is behind {node.name}" for view, node in _behind_post_res(gm.graph)]
+
+
+def _behind_post_res(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Every view of tokens that alone reads a post_res, and that."""
+    overwritten = written(graph)
     for node in list(graph.nodes):
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or source.target is not _POST_RES:
             continue
         touched = overwritten.intersection([source, *source.all_input_nodes])
         if _reshapes_tokens(node, source) and len(source.users) == 1 and not touched:
-            _hoist(node, source)
-            moved += 1
-    return moved
+            yield node, source
 
 
 def _reshapes_tokens(node: fx.Node, streams: fx.Node) -> bool:

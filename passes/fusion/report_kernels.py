@@ -1,4 +1,4 @@
-"""lower: who computes each ``mhc::`` operator; nothing that cannot run is left behind.
+"""report_kernels: who computes each ``mhc::`` operator; the graph stays as it is.
 
     torch.ops.mhc.coefficients(X, φ, α, b, ...)     C++ for CPUs, Triton for GPUs, else PyTorch
 
@@ -11,7 +11,7 @@ eagerly or goes to Inductor, which sees each operator as one opaque node.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,22 +21,26 @@ from ...kernels import backends
 from ...kernels.ops.site import Call
 from ...kernels.variants import parse_variant
 from ..context import Context, PassResult
-from ..graph.operators import branch_input, op_of, value_of
+from ..graph.operators import value_of
 
-__all__ = ["emitted", "lower"]
+__all__ = ["emitted", "every_operator_is_reported", "report_kernels"]
 
 
-def lower(gm: fx.GraphModule, context: Context) -> PassResult:
-    """Check that the graph can run, and report who computes its operators."""
-    left = [
-        n.name for n in gm.graph.nodes if n.target is branch_input or op_of(n).name == "declare"
-    ]
-    if left:
-        raise AssertionError(f"nodes that cannot run are left in the graph: {left}")
-    nodes = (n for n in gm.graph.nodes if str(n.target).startswith("mhc."))
-    operators = Counter((str(n.target), _implementation(n)) for n in nodes)
-    notes = [f"{count} x {name}: {how}" for (name, how), count in sorted(operators.items())]
+def report_kernels(gm: fx.GraphModule, context: Context) -> PassResult:
+    """Report who computes the operators of a graph, and build what has to be built."""
+    found = context.operators = Counter((str(n.target), _implementation(n)) for n in _ours(gm))
+    notes = [f"{count} x {name}: {how}" for (name, how), count in sorted(found.items())]
     return PassResult(gm, changed=False, notes=notes)
+
+
+def every_operator_is_reported(gm: fx.GraphModule, context: Context) -> list[str]:
+    """As many operators were reported as there are."""
+    there, reported = len(list(_ours(gm))), sum(context.operators.values())
+    return [] if there == reported else [f"of {there} operators {reported} were reported"]
+
+
+def _ours(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    return (node for node in gm.graph.nodes if str(node.target).startswith("mhc."))
 
 
 def emitted(gm: fx.GraphModule) -> dict[str, str]:

@@ -50,7 +50,7 @@ from ..graph.operators import (
 )
 from ..graph.writer import Writer
 
-__all__ = ["defer_norm"]
+__all__ = ["defer_norm", "no_mapping_is_normalised"]
 
 _MAPPING = torch.ops.mhc.matmul.default
 
@@ -97,6 +97,20 @@ def _defer_all(graph: fx.Graph, context: Context) -> Counter[str]:
     if any(note.endswith("deferred") for note in done):
         erase_dead_code(graph, keep=effects)
     return done
+
+
+def no_mapping_is_normalised(gm: fx.GraphModule, context: Context) -> list[str]:
+    """No norm stands in front of a mapping alone, unless something is in the way."""
+    with kept_apart(gm.graph, context.grad_enabled):
+        overwritten = written(gm.graph)
+        return [
+            f"{node.name} stands in front of a mapping"
+            for node in gm.graph.nodes
+            if (norm := rms_norm_of(node)) is not None
+            and node.users
+            and all(user.target is _MAPPING for user in node.users)
+            and _obstacle(norm, list(_products(node, ())), overwritten, False) is None
+        ]
 
 
 def _products(value: fx.Node, scales: tuple[fx.Node, ...]) -> Iterator[_Product | None]:

@@ -25,12 +25,20 @@ from ...kernels import reference
 from ..context import Context, PassResult
 from ..graph.dataflow import DataFlow, erase_dead_code, unread
 from ..graph.modes import Modes
-from ..graph.operators import Kind, branch_input, holds_tensor, hooked_tensor, op_of, value_of
+from ..graph.operators import (
+    Kind,
+    after_write,
+    branch_input,
+    holds_tensor,
+    hooked_tensor,
+    op_of,
+    value_of,
+)
 from ..graph.streamwise import apply_streamwise, lay_as, transfer_axis
-from ..graph.writer import marker, tracing
+from ..graph.writer import compute_value, marker, tracing
 from ..sites.detect import is_reduction_of
 from ..sites.in_place import join_versions
-from ..sites.records import Detection, Site, stack_of
+from ..sites.records import Detection, OpenEnd, OpenSite, Site, stack_of
 
 __all__ = ["widen"]
 
@@ -41,11 +49,23 @@ def widen(gm: fx.GraphModule, context: Context) -> PassResult:
     if detection is None or not detection.sites:
         return PassResult(gm, changed=False, notes=["no sites in this graph"])
     effects = unread(gm.graph)
-    _Widener(gm.graph, detection, context).run()
+    widener = _Widener(gm.graph, detection, context)
+    widener.run()
+    context.open_sites, context.open_ends = widener.open_sites, widener.open_ends
     join_versions(gm.graph)
     erase_dead_code(gm.graph, keep=effects)
     streams = f"{len(detection.chains)} chains of {context.options.n} streams"
     return PassResult(gm, changed=True, notes=[f"{len(detection.sites)} sites widened, {streams}"])
+
+
+def every_site_is_open(gm: fx.GraphModule, context: Context) -> list[str]:
+    """No site is a plain add any more, no marker is left, and what was written is in the graph."""
+    sites, nodes = context.detection.sites if context.detection else [], set(gm.graph.nodes)
+    problems = [f"{s.name} is still a plain add" for s in sites if not nodes.isdisjoint(s.adds)]
+    problems += [f"{n.name} is left" for n in nodes if n.target in (branch_input, after_write)]
+    opened = {o.site for o in context.open_sites if nodes.issuperset((o.flat, *o.H, o.end))}
+    wanted = [s for s in sites if not s.excluded]
+    return problems + [f"{s.name} was not opened" for s in wanted if s not in opened]
 
 
 class _Widener:
@@ -70,7 +90,9 @@ class _Widener:
         self.inputs: dict[fx.Node, fx.Node] = {}  # a marker -> h
         self.streams: dict[fx.Node, fx.Node] = {}  # a state -> its n streams [..., n, C]
         self.origin: dict[fx.Node, tuple[Site, int]] = {}  # a state -> a site, its channel axis
-        self.coefficients: dict[Site, tuple[Any, Any, Any]] = {}
+        self.opening: dict[Site, tuple[fx.Node, tuple[fx.Node, fx.Node, fx.Node], fx.Node]] = {}
+        self.open_sites: list[OpenSite] = []
+        self.open_ends: list[OpenEnd] = []
         self.starts: set[fx.Node] = set()
 
     def run(self) -> None:
@@ -150,7 +172,9 @@ class _Widener:
             h: Any
             if site.excluded:
                 h = reference.readout(streams, "mean", dtype=dtype, compute_dtype=_exact(dtype))
+                self.open_ends.append(OpenEnd("mean", h.node))
             else:
+                others = set(streams.node.users)
                 compute = _dtype(site.parameters[0])
                 phi, alpha, bias = (self._proxy(p) for p in site.parameters[:3])
                 coefficients: Any = reference.coefficients(
@@ -166,8 +190,10 @@ class _Widener:
                 )
                 for name, value in zip(("H_pre", "H_post", "H_res"), coefficients, strict=True):
                     value.node._rename(name)
-                self.coefficients[site] = coefficients
+                (flat,) = set(streams.node.users) - others
+                H = tuple(value.node for value in coefficients)
                 h = reference.pre(coefficients[0], streams, dtype=dtype, compute_dtype=compute)
+                self.opening[site] = flat, H, h.node
             h = self._as_in_plain(h, site.x, site.channel_in)
             h.node._rename("h")
         mark.replace_all_uses_with(h.node)
@@ -182,6 +208,7 @@ class _Widener:
             if site.channel_in != -1:
                 single = torch.movedim(single, site.channel_in, -1)
             streams: Any = reference.expand(single, self.options.n)
+            self.open_ends.append(OpenEnd("expand", streams.node))
             if self.options.stream_dtype is not None:
                 streams = streams.to(self.options.stream_dtype)
             self._set_streams(site.x, streams, site, site.channel_in)
@@ -202,12 +229,25 @@ class _Widener:
             if site.excluded:
                 result = (streams + f.unsqueeze(-2)).to(dtype)
             else:
-                _, h_post, h_res = self.coefficients[site]
                 compute = _dtype(site.parameters[0])
+                _, H_post, H_res = map(self._proxy, self.opening[site][1])
                 result = reference.post_res(
-                    h_res, h_post, streams, f, dtype=dtype, compute_dtype=compute
+                    H_res, H_post, streams, f, dtype=dtype, compute_dtype=compute
                 )
+                self._note_open(site, result.node)  # type: ignore[attr-defined]
         self._set_streams(site.node, result, site, site.channel)
+
+    def _note_open(self, site: Site, end: fx.Node) -> None:
+        flat, H, h = self.opening[site]
+        (total,) = end.all_input_nodes
+        mixed, spread = total.all_input_nodes
+        phi, alpha, bias = site.parameters[:3]
+        self.open_sites.append(
+            OpenSite(
+                *(site, self.options.variant, self.options.eps, flat, (phi, alpha, bias), H, h),
+                *(mixed, spread, end),
+            )
+        )
 
     def _step(self, node: fx.Node, operand: fx.Node) -> None:
         """A stream-wise operation between two sites, or on a skip, on every stream."""
@@ -256,7 +296,8 @@ class _Widener:
             for user in list(operand.users):
                 if user in region:
                     user.replace_input_with(operand, self.streams[operand])
-                    user.meta.pop("example_value", None)
+            for part in sorted(region):
+                part.meta["example_value"] = compute_value(part)
 
     def _set_streams(self, state: fx.Node, streams: Any, site: Site, axis: int) -> None:
         streams.node._rename("X")
@@ -303,10 +344,13 @@ class _Widener:
                     dtype=dtype,
                     compute_dtype=_dtype(phi.node),
                 )
+                given = tuple(self.heads[site.chain])
+                self.open_ends.append(OpenEnd("head", single.node, given, self.options.eps))
             else:
                 single = reference.readout(
                     streams, self.options.readout, dtype=dtype, compute_dtype=_exact(dtype)
                 )
+                self.open_ends.append(OpenEnd(self.options.readout, single.node))
             single = self._as_in_plain(single, state, axis)
         return single.node
 

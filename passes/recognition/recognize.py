@@ -44,7 +44,7 @@ from .coefficients import residuals
 from .evaluation import is_view, strip_casts, way_up
 from .mapping import is_widened, mapping_of, place_of
 
-__all__ = ["WriteBack", "recognize", "write_backs"]
+__all__ = ["WriteBack", "every_connection_is_read", "recognize", "write_backs"]
 
 _NEAR = 60
 """Nodes between streams and what is computed from them in one connection; bounds the search."""
@@ -75,6 +75,13 @@ def _recognize(gm: fx.GraphModule, context: Context) -> PassResult:
     notes += [f"{joined} projections joined"] if joined else []
     notes += [f"{r.name} left open: {r.detail} (at {r.location})" for r in rejected]
     return PassResult(gm, bool(split or joined), notes)
+
+
+def every_connection_is_read(gm: fx.GraphModule, context: Context) -> list[str]:
+    """Each connection of the model's own can be read, or it was rejected with what differs."""
+    said = {r.node for r in context.own}
+    unread = [w for w in write_backs(gm.graph) if said.isdisjoint(w.products) and _rejected(w)]
+    return [f"nothing was said of the connection at {w.node.name}" for w in unread]
 
 
 def _respell(graph: fx.Graph, found: list[WriteBack]) -> tuple[int, int]:

@@ -36,7 +36,7 @@ from ..graph.operators import (
 from ..graph.writer import Writer
 from .in_place import remove_in_place, separate_versions
 
-__all__ = ["canonicalize"]
+__all__ = ["adds_have_one_spelling", "canonicalize"]
 
 
 def canonicalize(gm: fx.GraphModule, context: Context) -> PassResult:
@@ -53,6 +53,20 @@ def canonicalize(gm: fx.GraphModule, context: Context) -> PassResult:
     steps["writes left in place"] = separate_versions(gm.graph)
     notes = [f"{count} {what}" for what, count in steps.items() if count]
     return PassResult(gm, changed=bool(notes), notes=notes)
+
+
+def adds_have_one_spelling(gm: fx.GraphModule, context: Context) -> list[str]:
+    """Every sum of two floating-point tensors is ``operator.add`` of them."""
+    return [f"{n.name} is another spelling of an add" for n in gm.graph.nodes if _is_other_add(n)]
+
+
+def _is_other_add(node: fx.Node) -> bool:
+    name, tensors = op_of(node).name, [a for a in node.args if isinstance(a, fx.Node)]
+    if name not in ("add", "addcmul") or "out" in node.kwargs or not is_float_tensor(node):
+        return False
+    if name == "addcmul":
+        return len(tensors) > 2
+    return len(node.args) == len(tensors) == 2 and node.target is not operator.add
 
 
 # --- bodies of user checkpoints and nested compile regions ---------------------------------

@@ -25,6 +25,7 @@ Note [Linear time]
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -36,7 +37,7 @@ import torch
 from torch import fx
 
 from ..context import Context, Declaration, PassResult
-from ..errors import ChainBrokenError, UnsupportedError
+from ..errors import ChainBrokenError
 from ..graph.dataflow import DataFlow, is_mutation, written
 from ..graph.modes import Modes
 from ..graph.operators import (
@@ -53,21 +54,33 @@ from ..graph.streamwise import is_linear, streamwise_operands
 from .channel_axis import channel_axis, set_axes
 from .records import Detection, Reason, Rejected, Site, identity_of, location_of, stack_of
 
-__all__ = ["detect"]
+__all__ = ["detect", "every_add_has_one_reason"]
 
 
 def detect(gm: fx.GraphModule, context: Context) -> PassResult:
-    """Find every residual add; leaves the graph unchanged and ``context.detection`` set.
-
-    Raises:
-        UnsupportedError: a part of the graph is called as a whole: ``canonicalize`` did not run.
-    """
-    _require_inlined(gm.graph)
+    """Find every residual add; leaves the graph unchanged and ``context.detection`` set."""
     found = context.detection = _find(gm.graph, context)
     notes = [
         f"{len(found.sites)} sites in {len(found.chains)} chains, {len(found.rejected)} rejected"
     ]
     return PassResult(gm, changed=False, notes=notes)
+
+
+def every_add_has_one_reason(gm: fx.GraphModule, context: Context) -> list[str]:
+    """Each add of two tensors is a site or has one reason for being none; names are unique."""
+    found = context.detection
+    if found is None:
+        return ["no detection"]
+    taken = [site.node for site in found.sites]
+    seen = Counter(
+        [*taken, *(r.node for r in found.rejected if r.reason is not Reason.CONTROL_FLOW)]
+    )
+    problems = [f"{n.name} is counted {k} times" for n, k in seen.items() if k > 1]
+    problems += [
+        f"{n.name} was not looked at" for n in gm.graph.nodes if _is_add(n) and not seen[n]
+    ]
+    names = Counter(site.name for site in found.sites)
+    return problems + [f"{k} sites are called {name}" for name, k in names.items() if k > 1]
 
 
 def _find(graph: fx.Graph, context: Context) -> Detection:
@@ -79,17 +92,6 @@ def _find(graph: fx.Graph, context: Context) -> Detection:
             with suppress(ChainBrokenError):
                 return _Detector(graph, context, ablated=detector.missing).run()
         raise
-
-
-def _require_inlined(graph: fx.Graph) -> None:
-    """Declarations may stand inside such a part; unseen, its sites would stay plain in silence."""
-    for node in graph.nodes:
-        if op_of(node).body:
-            raise UnsupportedError(
-                f"{op_name(node)} at {location_of(node)}: the residual adds inside are found only "
-                "behind the pass 'canonicalize', which Config(disabled=...) leaves out. This model "
-                "needs it."
-            )
 
 
 class _Detector:

@@ -108,7 +108,7 @@ def _remove_out(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     if not is_float_tensor(node) or not same_shape(out, node) or dtype_of(out) != dtype_of(node):
         return False
-    kwargs = {k: v for k, v in node.kwargs.items() if k != "out"}
+    kwargs: dict[str, Any] = {k: v for k, v in node.kwargs.items() if k != "out"}
     write = Writer(node.prev, node)
     new = write.call(node.target, *node.args, **kwargs)
     node.replace_all_uses_with(write.call("copy_", out, new))

@@ -8,7 +8,19 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-__all__ = ["Detection", "Reason", "Rejected", "Site", "identity_of", "location_of", "stack_of"]
+from ...kernels.variants import Variant
+
+__all__ = [
+    "Detection",
+    "OpenEnd",
+    "OpenSite",
+    "Reason",
+    "Rejected",
+    "Site",
+    "identity_of",
+    "location_of",
+    "stack_of",
+]
 
 
 class Reason(enum.StrEnum):
@@ -93,6 +105,51 @@ class Site:
     @property
     def name(self) -> str:
         return f"{self.owner}.{self.branch_name}" if self.owner else self.branch_name
+
+
+@dataclass(frozen=True, eq=False)
+class OpenSite:
+    """A site in the open form that ``widen`` gives it, for the pass that makes operators of it.
+
+    Its operands are read from the nodes, because passes in between may replace them.
+
+    Attributes:
+        site: what was detected.
+        variant, eps: of its coefficients.
+        flat: x⃗, the flattened streams that the coefficients are computed from.
+        parameters: phi, alpha, bias.
+        H: H_pre, H_post, H_res.
+        h: the branch's input in the dtype of the model.
+        mixed, spread: the products H_res X and H_postᵀ f; end: their sum in the streams' dtype.
+    """
+
+    site: Site
+    variant: Variant
+    eps: float
+    flat: fx.Node
+    parameters: tuple[fx.Node, fx.Node, fx.Node]
+    H: tuple[fx.Node, fx.Node, fx.Node]
+    h: fx.Node
+    mixed: fx.Node
+    spread: fx.Node
+    end: fx.Node
+
+
+@dataclass(frozen=True, eq=False)
+class OpenEnd:
+    """Where ``widen`` has made n streams of one, or one of n.
+
+    Attributes:
+        kind: ``expand``, or a readout: ``mean``, ``sum``, ``head``.
+        node: the result.
+        parameters: phi, alpha, bias of a head.
+        eps: of a head.
+    """
+
+    kind: str
+    node: fx.Node
+    parameters: tuple[fx.Node, ...] = ()
+    eps: float = 0.0
 
 
 @dataclass(eq=False)
