@@ -4,6 +4,8 @@ import os
 import random
 from pathlib import Path
 
+# Shapes and dtypes are propagated again behind every pass.
+os.environ["MHC_COMPILE_VERIFY"] = "1"
 # Before transformers is imported anywhere: no test may look for a model on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -21,14 +21,16 @@ from mhc_compile import _torch
 from mhc_compile.backend import mhc
 from mhc_compile.model.swap import is_swapped
 from mhc_compile.passes.errors import MhcError
-from mhc_compile.passes.pipeline import PIPELINE, REQUIRED
+from mhc_compile.passes.pipeline import EVERY, EXAMINE, REPORT, REWRITE
+from mhc_compile.passes.runner import Tier
 from tests import checks
 from tests.checks import perturb
 from tests.models import GPT, WIDTH, Block, ids, pair, relative
 
 # A hit in the cache of compiled graphs generates no kernels.
 UNCACHED = torch._inductor.config.patch(force_disable_caches=True)
-PASSES = [step.name for step in PIPELINE]
+PASSES = [step.name for step in (*EXAMINE, *REWRITE, *REPORT)]
+REQUIRED = [step.name for step in EVERY if step.tier is Tier.REQUIRED]
 INPUTS = {"ids": ids()}
 
 

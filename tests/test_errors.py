@@ -110,7 +110,7 @@ def test_only_modules_can_be_transformed(model):
 
 def test_a_disabled_pass_must_exist():
     with pytest.raises(ValueError, match=r"no pass: nonsense; passes are canonicalize, detect"):
-        mhc_compile.Config(disabled=("lower", "nonsense"))
+        mhc_compile.Config(disabled=("defer_norm", "nonsense"))
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ def works() -> list[dict[str, Counter[str]]]:
         ("first call", "canonicalize"),
         ("first call", "detect"),
         ("first call", "widen"),
-        ("first call", "lower"),
+        ("first call", "fuse_coefficients"),
+        ("first call", "report_kernels"),
     ],
 )
 def test_twice_the_layers_are_twice_the_work(works, what, name):

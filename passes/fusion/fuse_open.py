@@ -132,7 +132,7 @@ def _operand(node: Any) -> fx.Node:
 
 
 def _put(new: fx.Node, old: fx.Node) -> None:
-    """A contiguous result in the place of a node, and of the ``contiguous()`` that alone reads it."""
+    """A contiguous result in the place of a node, and of its sole reader ``contiguous()``."""
     users = [u for u in old.users if u is not new]
     if len(users) == 1 and op_of(users[0]).name == "contiguous" and len(users[0].args) == 1:
         users[0].replace_all_uses_with(new)

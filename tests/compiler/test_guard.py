@@ -21,13 +21,14 @@ from torch import Tensor, fx, nn
 import mhc_compile
 from mhc_compile import _torch, backend
 from mhc_compile.compiler import guard
-from mhc_compile.model import declare as declaring
 from mhc_compile.model import swap
-from mhc_compile.model.declare import declaration_nodes
 from mhc_compile.model.swap import SPEC
 from mhc_compile.passes.errors import ChainBrokenError
+from mhc_compile.passes.runner import Pass
+from mhc_compile.passes.sites import declared
 from mhc_compile.passes.sites import detect as detecting
 from mhc_compile.passes.sites import records as sites
+from mhc_compile.passes.sites.declared import declaration_nodes
 from tests import checks
 from tests.models import WIDTH, relative
 from tests.test_ownership import CALLS, Block, Own, Root, tokens, truth
@@ -187,7 +188,7 @@ def never_declares(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
 
 
 def identities_forgotten(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
-    for module in (sites, detecting, backend, declaring):
+    for module in (sites, detecting, backend, declared):
         if hasattr(module, "identity_of"):
             patch.setattr(module, "identity_of", lambda key: "0")
 
@@ -217,28 +218,32 @@ def connections_exchanged(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
 
 def declared_sites_lost(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
     """What is collected lacks one site."""
-    original = declaring.collect
 
-    def fewer(graph: fx.Graph, context: Any) -> int:
-        count = original(graph, context)
-        if count:
-            owner = list(context.declarations)[-1]
-            context.declarations[owner] = context.declarations[owner][:-1]
-        return count
+    def fewer(context: Any) -> None:
+        owner = list(context.declarations)[-1]
+        context.declarations[owner] = context.declarations[owner][:-1]
 
-    patch.setattr(backend, "collect", fewer)
+    change_behind("collect", fewer, patch)
 
 
 def nothing_detected(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
-    original = backend.detect
+    def nothing(context: Any) -> None:
+        context.detection = replace(context.detection, sites=[], chains=[])
 
-    def nothing(gm: fx.GraphModule, context: Any) -> Any:
-        result = original(gm, context)
-        found = context.detection
-        context.detection = replace(found, sites=[], chains=[])
+    change_behind("detect", nothing, patch)
+
+
+def change_behind(name: str, change: Callable[[Any], None], patch: pytest.MonkeyPatch) -> None:
+    """Change what a pass has found; nothing ensures any more that it is right."""
+    (step,) = (p for p in backend.EXAMINE if p.name == name)
+
+    def run(gm: fx.GraphModule, context: Any) -> Any:
+        result = step.run(gm, context)
+        change(context)
         return result
 
-    patch.setattr(backend, "detect", nothing)
+    wrong = Pass(name, run)
+    patch.setattr(backend, "EXAMINE", tuple(wrong if p is step else p for p in backend.EXAMINE))
 
 
 BREAKINGS: dict[str, Breaking] = {

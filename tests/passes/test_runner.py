@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 
 from mhc_compile.passes.context import PassResult
 from mhc_compile.passes.errors import NoSitesError
-from mhc_compile.passes.pipeline import PIPELINE
-from mhc_compile.passes.runner import Pass, run_pipeline
+from mhc_compile.passes.pipeline import EXAMINE
+from mhc_compile.passes.runner import Pass, Tier, run_pipeline
 
 from .graphs import captured
 
@@ -28,8 +29,8 @@ def refusing(gm, context):
 
 def test_history_has_the_capture_and_every_pass_as_python() -> None:
     gm, context = captured(lambda m, x: x + m.a(x))
-    _, history = run_pipeline(gm, context, PIPELINE[:2])
-    assert [e.name for e in history] == ["capture", "canonicalize", "detect"]
+    _, history = run_pipeline(gm, context, EXAMINE)
+    assert [e.name for e in history] == ["capture", "canonicalize", "collect", "detect"]
     assert all("def forward" in e.code and e.notes for e in history)
     assert str(history[1]).startswith("# canonicalize (")
 
@@ -42,8 +43,15 @@ def test_a_failure_names_the_pass_and_those_before_it() -> None:
 
 def test_a_broken_postcondition_is_an_error() -> None:
     gm, context = captured(lambda m, x: x + m.a(x))
-    step = Pass("first", identity, lambda gm, context: ["no good"])
+    step = Pass("first", identity, ensures=lambda gm, context: ["no good"])
     with pytest.raises(RuntimeError, match=r"pass 'first' broke its postcondition.*no good"):
+        run_pipeline(gm, context, [step])
+
+
+def test_a_pass_does_not_run_where_what_it_requires_does_not_hold() -> None:
+    gm, context = captured(lambda m, x: x + m.a(x))
+    step = Pass("first", broken, requires=lambda gm, context: ["no good"])
+    with pytest.raises(RuntimeError, match=r"pass 'first' cannot run \(after capture\): no good"):
         run_pipeline(gm, context, [step])
 
 
@@ -55,12 +63,15 @@ def test_errors_meant_for_the_user_pass_through() -> None:
 
 def test_a_disabled_pass_does_not_run_and_is_recorded() -> None:
     gm, context = captured(lambda m, x: x + m.a(x))
-    _, history = run_pipeline(gm, context, [Pass("first", broken)], disabled=("first",))
+    context.options = replace(context.options, disabled=("first",))
+    _, history = run_pipeline(gm, context, [Pass("first", broken)])
     assert history[-1].notes == ("disabled",) and not history[-1].changed
+    with pytest.raises(RuntimeError, match="pass 'first' failed"):
+        run_pipeline(gm, context, [Pass("first", broken, tier=Tier.REQUIRED)])
 
 
 def test_passes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     gm, context = captured(lambda m, x: x + m.a(x))
     with caplog.at_level(logging.INFO, logger="mhc_compile.passes"):
-        run_pipeline(gm, context, PIPELINE[:2])
+        run_pipeline(gm, context, EXAMINE)
     assert "detect:" in caplog.text

@@ -25,8 +25,9 @@ from mhc_compile import Config, _torch
 from mhc_compile.backend import eager, mhc
 from mhc_compile.capture import copy_graph
 from mhc_compile.model import swap
-from mhc_compile.model.declare import Spec, declaration_nodes
+from mhc_compile.model.declare import Spec
 from mhc_compile.passes.runner import HistoryEntry
+from mhc_compile.passes.sites.declared import declaration_nodes
 from tests.checks import Run, connections, loss_of, perturb, tensors
 
 _FLOATS = torch._dynamo.config.patch(specialize_float=True)

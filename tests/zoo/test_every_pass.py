@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mhc_compile import config
-from mhc_compile.compiler import guard
 from mhc_compile.passes.graph.operators import op_name
-from mhc_compile.passes.pipeline import PIPELINE, REQUIRED
+from mhc_compile.passes.pipeline import EXAMINE, REPORT, REWRITE
+from mhc_compile.passes.runner import Tier, run_pipeline
 from tests.checks import Run, gradient_error, output_error
 from tests.models import GPT, ids
+from tests.passes.graphs import captured as captured_program
 from tests.zoo.rewritten import Captured
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-NAMES = [step.name for step in PIPELINE]
+PASSES = (*EXAMINE, *REWRITE, *REPORT)
+NAMES = [step.name for step in PASSES]
 WIDENED = NAMES.index("widen") + 1
 OPEN = tuple(NAMES[WIDENED:])
 """Passes without which a graph has the open form that `widen` writes: the meaning of the rest."""
 
 PREFIXES = [tuple(NAMES[count:]) for count in range(WIDENED + 1, len(NAMES) + 1)]
-ALONE = [(name,) for name in NAMES if name not in REQUIRED]
+ALONE = [(step.name,) for step in PASSES if step.tier is not Tier.REQUIRED]
 
 
 def error(actual: Run, truth: Run) -> tuple[float, float]:
@@ -160,17 +161,13 @@ def test_each_version_of_a_partitioned_graph_is_python_that_runs() -> None:
 
 
 def test_a_pass_with_nothing_to_do_says_so() -> None:
-    """Without `widen` there is no site to fuse; a disabled pass is named as that.
-
-    Nobody may leave it out, and the guard would notice: both are told to let it pass.
-    """
-    captured = Captured.perturbed(gpt(FP64), {"ids": ids()})
-    with patch.object(config, "REQUIRED", ()), patch.object(guard, "require_alive"):
-        rewritten = captured.eagerly(disabled=("widen", "lower"))
-    captured.run(rewritten)
-    for name in NAMES[WIDENED:]:
-        assert rewritten.notes(name) == ["disabled" if name == "lower" else "nothing to do"]
-    assert not any(e.changed for e in rewritten.history if e.name in (*OPEN, "widen"))
+    """A graph without sites; a pass that is left out is named as that."""
+    gm, context = captured_program(lambda m, x: m.a(x))
+    context.options = replace(context.options, disabled=("report_kernels",))
+    _, history = run_pipeline(gm, context, (*EXAMINE, *REWRITE, *REPORT))
+    for entry in history[4:]:
+        said = {"widen": "no sites in this graph", "report_kernels": "disabled"}
+        assert entry.notes == (said.get(entry.name, "nothing to do"),) and not entry.changed
 
 
 def forward_of(text: str) -> Any:

@@ -33,7 +33,7 @@ def test_passes_alone_and_together_on(name: str) -> None:
     entry = BY_NAME[name]
     captured = Captured.perturbed(entry.make(torch.float64), entry.example(torch.float64))
     truth = captured.run(captured.eagerly(disabled=OPEN))
-    for disabled in ((), ("defer_norm",), ("fuse_coefficients",), ("canonicalize",)):
+    for disabled in ((), ("defer_norm",), ("fuse_coefficients",)):
         assert_equal(captured.run(captured.eagerly(disabled=disabled)), truth)
 
     fused = captured.partitioned()

@@ -1,4 +1,4 @@
-"""lower: who computes each operator, as notes and as readable source."""
+"""report_kernels: who computes each operator, as notes and as readable source."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import mhc_compile
 from mhc_compile.kernels import backends
 from mhc_compile.kernels.variants import get_variant
 from mhc_compile.passes.context import Context, Options
-from mhc_compile.passes.fusion.report_kernels import emitted, lower
+from mhc_compile.passes.fusion.report_kernels import emitted, report_kernels
 
 from ...models import ids, pair
 from ..open_sites import fuse, open_site, parameters
@@ -21,7 +21,7 @@ def fused(n=4, dtype=torch.float32):
 
 
 def notes(gm):
-    result = lower(gm, Context(Options(4, PAPER)))
+    result = report_kernels(gm, Context(Options(4, PAPER)))
     assert not result.changed
     return result.notes
 

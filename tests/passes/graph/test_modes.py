@@ -502,7 +502,7 @@ def test_a_connection_around_a_branch_in_another_mode_is_recognised(part: str, m
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=error, atol=error)
     (graph,) = mhc_compile.graphs(model)
-    (last,) = (e for e in graph.history if e.name == "lower")
+    (last,) = (e for e in graph.history if e.name == "report_kernels")
     assert last.operators == FUSED
 
 
@@ -543,7 +543,7 @@ def test_projections_in_different_modes_are_not_joined(switched: int | None) -> 
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
     (graph,) = mhc_compile.graphs(model)
-    (last,) = (e for e in graph.history if e.name == "lower")
+    (last,) = (e for e in graph.history if e.name == "report_kernels")
     assert switched is not None or last.operators == FUSED
 
 
