@@ -45,7 +45,7 @@ from .passes.errors import (
 from .passes.pipeline import EXAMINE, REPORT, REWRITE
 from .passes.runner import HistoryEntry, run_pipeline
 from .passes.sites.declared import declaration_nodes
-from .passes.sites.records import identity_of, stack_of
+from .passes.sites.records import Detection, Site, identity_of, stack_of
 from .transform import DDP_COMES_LAST, attach, context_of, options_of, owners_in
 
 __all__ = ["check_options", "eager", "mhc"]
@@ -382,7 +382,9 @@ def _first_call_of_plain(
 
     def first_call(*inputs: Any) -> Any:
         model, values, graph, context, detection, examined = waiting.pop()
-        extra = _add_inputs(graph, detection, attach(model, graph, values, detection, config))
+        made = attach(model, graph, values, detection, config)
+        extra, places = _add_inputs(graph, detection, made)
+        context.detection = detection.with_parameters(places)
         rewritten, entries = run_pipeline(graph, context, (*REWRITE, *REPORT), examined)
         history.record(captured, rewritten, entries, context, [*values, *extra])
         return _run_eagerly(rewritten, [*values, *extra])(*inputs, *extra)
@@ -479,12 +481,15 @@ def _may_stay_plain(caller: nn.Module | None) -> bool:
     return _is_transformed(caller) or has_connections(caller)
 
 
-def _add_inputs(gm: fx.GraphModule, detection: Any, parameters: Mapping[Any, Any]) -> list[Any]:
-    """Give a graph one more input for each new parameter."""
+def _add_inputs(
+    gm: fx.GraphModule, detection: Detection, parameters: Mapping[Site, Sequence[nn.Parameter]]
+) -> tuple[list[Any], dict[Site, list[fx.Node]]]:
+    """Give a graph one more input for each new parameter: their values, and those of each site."""
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
     values: list[Any] = []
     known: dict[int, fx.Node] = {}
     mode = _fake_mode_of(gm)
+    places: dict[Site, list[fx.Node]] = {site: [] for site in detection.sites}
     for site in detection.sites:
         for number, value in enumerate(parameters[site]):
             if id(value) not in known:
@@ -493,8 +498,8 @@ def _add_inputs(gm: fx.GraphModule, detection: Any, parameters: Mapping[Any, Any
                 last.meta["example_value"] = mode.from_tensor(value)
                 known[id(value)] = last
                 values.append(value)
-            site.parameters.append(known[id(value)])
-    return values
+            places[site].append(known[id(value)])
+    return values, places
 
 
 def _fake_mode_of(gm: fx.GraphModule) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..kernels.variants import Variant
-from .sites.records import Detection, OpenEnd, OpenSite, Rejected, Site
+from .sites.records import Detection, FusedSite, OpenEnd, OpenSite, Rejected
 
 __all__ = ["Context", "Declaration", "Options", "PassResult"]
 
@@ -97,7 +97,7 @@ class Context:
     left_open: Mapping[OpenSite, str] = field(default_factory=dict)
     operators: Counter[tuple[str, str]] = field(default_factory=Counter)
     written_back: set[fx.Node] = field(default_factory=set)
-    own: list[Site | Rejected] = field(default_factory=list)
+    own: list[FusedSite | Rejected] = field(default_factory=list)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from ..passes.context import Context
 from ..passes.errors import UnsupportedError
 from ..passes.pipeline import OWN, REPORT
 from ..passes.runner import HistoryEntry, run_pipeline
-from ..passes.sites.records import Site
+from ..passes.sites.records import FusedSite
 from ..transform import options_of
 
 __all__ = ["connections", "has_connections", "rewrite"]
@@ -72,7 +72,7 @@ def rewrite(
 
 def _say_if_none_is_read(module: nn.Module, found: Sequence[Any]) -> None:
     """What only looks like connections keeps others from being added: not in silence."""
-    if not any(isinstance(site, Site) for site in found):
+    if not any(isinstance(site, FusedSite) for site in found):
         warnings.warn(
             f"{type(module).__name__} seems to have hyper-connections of its own, at "
             f"{found[0].location}, but none that backend 'mhc' can read: it adds nothing and "
@@ -94,7 +94,7 @@ def _refuse_options(
         return
     whose = "The model" if module is None else type(module).__name__
     first = f", for one {found[0].name} ({found[0].location})" if found else ""
-    sites = sum(isinstance(site, Site) for site in found)
+    sites = sum(isinstance(site, FusedSite) for site in found)
     names = ", ".join(f"options[{name!r}]" for name in given)
     raise UnsupportedError(
         f"{whose} has hyper-connections of its own ({sites} recognised{first}), to which backend "

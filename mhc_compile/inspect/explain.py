@@ -15,11 +15,10 @@ from ..config import Config
 from ..model import swap
 from ..model.declare import Spec
 from ..passes.errors import ExampleInputsError
-from ..passes.graph.operators import shape_of
 from ..passes.pipeline import EXAMINE
 from ..passes.recognition.recognize import write_backs
 from ..passes.runner import run_pipeline
-from ..passes.sites.records import Detection, Reason, Rejected, Site
+from ..passes.sites.records import Detection, FusedSite, Reason, Rejected, Site
 from ..transform import context_of, infer_inputs
 
 __all__ = ["Add", "Explanation", "explain"]
@@ -128,20 +127,20 @@ def explain(
 
 
 def _explain_own(
-    model: nn.Module, own: Sequence[Site | Rejected], found: Detection, written: set[fx.Node]
+    model: nn.Module, own: Sequence[FusedSite | Rejected], found: Detection, written: set[fx.Node]
 ) -> Explanation:
     """The connections of a model that was written with some, and every other add.
 
     Args:
         written: the sums in which these connections end.
     """
-    sites = [s for s in own if isinstance(s, Site)]
+    sites = [s for s in own if isinstance(s, FusedSite)]
     adds = [_add(model, s, s.chain, s.reason) for s in sites]
     others = [r for r in found.rejected if r.node not in written]
     plain = [s for s in found.sites if s.node not in written]
     return Explanation(
         model=type(model).__name__,
-        n=max((int(shape_of(s.x)[-2]) for s in sites), default=1),  # type: ignore[call-overload]
+        n=max((s.n for s in sites), default=1),
         sites=adds,
         rejected=[
             *(_add(model, r, -1, r.reason) for r in own if isinstance(r, Rejected)),
@@ -166,10 +165,11 @@ def _declared_config(model: nn.Module) -> Config | None:
     return None
 
 
-def _add(model: nn.Module, found: Site | Rejected, chain: int, reason: str) -> Add:
+def _add(model: nn.Module, found: Site | FusedSite | Rejected, chain: int, reason: str) -> Add:
     location = found.location or _source_of(model, found.owner)
-    node, detail = found.node.name, getattr(found, "detail", "")
-    return Add(found.name, found.owner, chain, reason, location, found.width, node, detail)
+    node = [*found.nodes.values()][-1] if isinstance(found, FusedSite) else found.node
+    detail = found.detail if isinstance(found, Rejected) else ""
+    return Add(found.name, found.owner, chain, reason, location, found.width, node.name, detail)
 
 
 def _source_of(model: nn.Module, path: str) -> str:

@@ -13,9 +13,10 @@ from .. import _torch
 from ..model.connection import StreamParameters
 from ..passes.context import Context
 from ..passes.errors import NotCapturedError, NotTransformedError
+from ..passes.fusion.fused_sites import fused_sites
 from ..passes.fusion.report_kernels import emitted
 from ..passes.runner import HistoryEntry
-from ..passes.sites.records import Site
+from ..passes.sites.records import FusedSite
 
 __all__ = ["RewrittenGraph", "graphs", "record", "trace"]
 
@@ -36,7 +37,7 @@ class RewrittenGraph:
     before: fx.GraphModule
     after: fx.GraphModule
     history: Sequence[HistoryEntry] = field(repr=False)
-    sites: Sequence[Site] = field(repr=False)
+    sites: Sequence[FusedSite] = field(repr=False)
 
     @property
     def sources(self) -> dict[str, str]:
@@ -64,9 +65,8 @@ def record(
     Args:
         history: kept as it is, because Inductor compiles a backward graph only when it is run.
     """
-    sites = context.detection.sites if context.detection is not None else []
-    own = [site for site in context.own if isinstance(site, Site)]
-    graph = RewrittenGraph(before, after, history, (*sites, *own))
+    sites = context.detection.sites if context.detection is not None else ()
+    graph = RewrittenGraph(before, after, history, fused_sites(after.graph, context))
     names = [n.name for n in after.graph.nodes if n.op == "placeholder"]
     values, number = dict(zip(names, inputs, strict=True)), next(_number)
     declared = [d for group in (context.declarations or {}).values() for d in group]

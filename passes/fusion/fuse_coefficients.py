@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -39,7 +39,7 @@ from ..graph.operators import (
     same_sizes,
     shape_of,
 )
-from ..graph.writer import Writer
+from ..graph.writer import SITE_TAG, Writer
 from ..recognition.coefficients import Refused
 from ..recognition.evaluation import Region, close, evaluate_down, grow, random, strip_casts, way_up
 from ..recognition.mapping import (
@@ -53,7 +53,7 @@ from ..recognition.mapping import (
     require_one_tag,
 )
 from ..recognition.token_rules import TOKENS, Known, Value
-from ..sites.records import Reason, Rejected, Site, location_of
+from ..sites.records import FusedSite, Reason, Rejected, location_of
 from .fuse_open import Report, fuse_open
 
 __all__ = ["every_site_is_fused", "fuse_coefficients"]
@@ -113,7 +113,8 @@ class _Coefficients:
     Attributes:
         operator: the call of ``mhc::coefficients``.
         H_res: None where the streams are not mixed: it is I.
-        X: what the site makes of its streams, if that was found; f: of which output of a branch.
+        X: what the site makes of its streams, if that was found.
+        applied: the operators that its coefficients are arguments of, by their names.
         remarks: what was left open behind the coefficients.
     """
 
@@ -123,7 +124,7 @@ class _Coefficients:
     H_post: fx.Node
     H_res: fx.Node | None
     X: fx.Node | None = None
-    f: fx.Node | None = None
+    applied: dict[str, fx.Node] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -138,10 +139,10 @@ def _fuse_mapping(mapping: Mapping, context: Context, report: Report) -> _Coeffi
     except Refused as refused:
         report.refuse("mapping", refused, mapping.y)
         if mapping.y in context.written_back:
-            own = Rejected(mapping.y, refused.reason, detail=str(refused), width=mapping.width)
-            own.owner, own.branch_name = place_of(mapping.y)
-            own.location = location_of(mapping.y)
-            report.refused.append(own)
+            place = place_of(mapping.y)
+            report.refused.append(
+                Rejected(mapping.y, refused.reason, place, mapping.width, detail=str(refused))
+            )
         return None
     if reading is None:
         return None
@@ -187,7 +188,9 @@ def _fuse_pre(site: _Coefficients, report: Report) -> None:
     wanted = [(H_pre.unsqueeze(1) @ X).squeeze(1)]
     for end, write, (H_pre_node, X_node), _ in products.find(wanted, "H_pre X", site, report):
         dtype = dtype_of(end)
-        h = write.call(torch.ops.mhc.pre.default, H_pre_node, X_node, dtype, name="h")
+        h = site.applied["pre"] = write.call(
+            torch.ops.mhc.pre.default, H_pre_node, X_node, dtype, name="h"
+        )
         end.replace_all_uses_with(h)
         report.add("pre")
 
@@ -207,8 +210,10 @@ def _fuse_post_res(site: _Coefficients, report: Report) -> None:
         dtype = dtype_of(end)
         if dtype != dtype_of(X_node):  # the operator rounds to X's, which the open form did not
             X_node = write.cast(X_node, products.dtype)
-        new = write.call(torch.ops.mhc.post_res.default, H, H_post_node, X_node, f_node, name="X")
-        site.X, site.f = write.cast(new, dtype), f_node
+        new = site.applied["post_res"] = write.call(
+            torch.ops.mhc.post_res.default, H, H_post_node, X_node, f_node, name="X"
+        )
+        site.X = write.cast(new, dtype)
         end.replace_all_uses_with(site.X)
         report.add("post_res")
     if site.X is None and products.left:
@@ -340,42 +345,40 @@ def _random_operand(tail: tuple[int, ...], seed: int) -> Tensor:
 # --- what was recognised --------------------------------------------------------------------------
 
 
-def _own_sites(found: Sequence[_Coefficients]) -> list[Site]:
+def _own_sites(found: Sequence[_Coefficients]) -> list[FusedSite]:
     """The sites that were written by hand, in the order of the graph."""
-    sites: list[Site] = []
+    ends: dict[fx.Node, FusedSite] = {}
     for made in found:
-        if not is_widened(made.reading.mapping.y):
-            sites.append(_own_site(made, sites))
-    return sites
+        site = _own_site(made, ends)
+        ends[made.X or made.operator] = site
+    return list(ends.values())
 
 
-def _own_site(made: _Coefficients, before: Sequence[Site]) -> Site:
+def _own_site(made: _Coefficients, before: dict[fx.Node, FusedSite]) -> FusedSite:
     reading = made.reading
     X, _, alpha, bias, *_ = made.operator.args
     assert isinstance(X, fx.Node)
-    X, node = behind_switches(X), made.X or made.operator
-    source = way_up(X)[-1]
-    previous = next((s for s in before if s.node is source), None)
-    owner, name = place_of(reading.mapping.y)
-    same = sum(s.owner == owner and s.branch_name.partition(":")[0] == name for s in before)
-    return Site(
-        node=node,
-        x=X,
-        skip=X,
-        skip_path=[],
-        branch=[behind_switches(made.f)] if made.f is not None else [],
-        adds=[node],
-        previous=previous,
-        owner=owner,
-        branch_name=f"{name}_{same}" if same else name,
-        channel_in=-1,
+    previous = before.get(way_up(behind_switches(X))[-1])
+    place = place_of(reading.mapping.y)
+    others = [s.place for s in before.values() if s.owner == place.owner]
+    same = sum(o.branch_name.partition(":")[0] == place.branch_name for o in others)
+    name = f"{place.branch_name}_{same}" if same else place.branch_name
+    location = location_of(made.X or made.operator)
+    nodes = {"coefficients": made.operator, **made.applied}
+    site = FusedSite(
+        place=replace(place, branch_name=name, location=location),
+        n=reading.mapping.n,
         width=made.width,
-        chain=previous.chain if previous else len({s.chain for s in before}),
+        chain=previous.chain if previous else len({s.chain for s in before.values()}),
         position=previous.position + 1 if previous else 0,
         reason="; ".join((f"recognised: {reading.variant.text}", *made.remarks)),
-        location=location_of(node),
-        parameters=_placeholders([reading.mapping.phi, alpha, bias]),
+        parameters=tuple(_placeholders([reading.mapping.phi, alpha, bias])),
+        previous=previous.name if previous else None,
+        nodes=nodes,
     )
+    for node in nodes.values():
+        node.meta[SITE_TAG] = site.name
+    return site
 
 
 def _placeholders(nodes: Sequence[Any]) -> list[fx.Node]:

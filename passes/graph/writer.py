@@ -23,13 +23,17 @@ from torch import fx
 from . import _torch
 from .operators import dtype_of, value_of
 
-__all__ = ["Writer", "compute_value", "marker", "tracing"]
+__all__ = ["SITE_TAG", "Writer", "compute_value", "marker", "tracing"]
 
 _INHERITED = (
     *("nn_module_stack", "stack_trace", "source_fn_stack", "seq_nr"),
     *("recompute", "ac_graph_id"),
+    SITE_TAG := "mhc_site",
 )
-"""What a new node takes over from the node whose work it does."""
+"""What a new node takes over from the node whose work it does.
+
+``SITE_TAG`` is the name of the connection that a node belongs to.
+"""
 
 
 class Writer:

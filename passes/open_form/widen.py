@@ -35,8 +35,8 @@ from ..graph.operators import (
     value_of,
 )
 from ..graph.streamwise import apply_streamwise, lay_as, transfer_axis
-from ..graph.writer import compute_value, marker, tracing
-from ..sites.detect import is_reduction_of
+from ..graph.writer import SITE_TAG, compute_value, marker, tracing
+from ..sites.find import is_reduction_of
 from ..sites.in_place import join_versions
 from ..sites.records import Detection, OpenEnd, OpenSite, Site, stack_of
 
@@ -78,6 +78,10 @@ class _Widener:
         self.modes = Modes(graph, context.grad_enabled)
         self.site_at = {site.node: site for site in detection.sites}
         self.regions = {s: self.flow.region(s.x, s.branch) for s in detection.sites}
+        # Where each site's branch begins, and what is added, while markers are put in front.
+        self.x = {s: s.x for s in detection.sites}
+        self.skip = {s: s.skip for s in detection.sites}
+        self.terms = {s: list(s.branch) for s in detection.sites}
         self.heads = {c[0].chain: c[-1].parameters[3:] for c in detection.chains}
         # Stream-wise steps on the chains: from a state to the state that it is made from.
         self.steps = _steps(detection)
@@ -96,6 +100,8 @@ class _Widener:
         self.starts: set[fx.Node] = set()
 
     def run(self) -> None:
+        for site in self.sites:
+            site.node.meta[SITE_TAG] = site.name
         # Outer branches first: a chain inside a branch begins at that branch's input.
         for site in sorted(self.sites, key=lambda s: -self.flow.index[s.node]):
             self._mark_branch(site)
@@ -115,30 +121,40 @@ class _Widener:
     def _mark_branch(self, site: Site) -> None:
         """Put a marker between x and the operations of F that read it."""
         region = self.regions[site]
-        readers = [u for u in site.x.users if u in region and u not in site.skip_path]
+        readers = [u for u in self.x[site].users if u in region and u not in site.skip_path]
         with self._where_branch_begins(site, readers):
-            mark = marker(branch_input, site.x)
+            mark = marker(branch_input, self.x[site])
         self.modes.set(mark, self.modes.of(mark.prev))
         recorded = any(self.modes.of(node).grad for node in (site.node, *readers))
         if recorded and not self.modes.of(mark).grad:
             self.unrecorded.add(mark)
         for user in [*readers, *self._read_along(site, mark)]:
-            user.replace_input_with(site.x, mark)
+            user.replace_input_with(self.x[site], mark)
         self.branch_inputs[mark] = site
-        inside = [s for s in self.reading[site.x] if s is not site and s.node in region]
+        inside = [s for s in self.reading[self.x[site]] if s is not site and s.node in region]
         for inner in inside:
-            self.reading[site.x].remove(inner)
-            _begin_at(inner, mark, self.steps)
+            self.reading[self.x[site]].remove(inner)
+            self._begin_at(inner, mark)
         self.reading[mark] = inside
-        site.branch = [mark if term is site.x else term for term in site.branch]
+        self.terms[site] = [mark if term is self.x[site] else term for term in self.terms[site]]
+
+    def _begin_at(self, site: Site, mark: fx.Node) -> None:
+        """A chain inside a branch begins at the branch's input."""
+        x = self.x[site]
+        for node in site.skip_path:
+            if self.steps[node] is x:
+                self.steps[node] = mark
+        self.skip[site] = mark if self.skip[site] is x else self.skip[site]
+        self.terms[site] = [mark if term is x else term for term in self.terms[site]]
+        self.x[site] = mark
 
     def _read_along(self, site: Site, mark: fx.Node) -> list[fx.Node]:
         """What else a module of the branch reads of its input: its hooks, a count."""
         region = self.regions[site]
-        others = [self.regions[s] for s in self.reading[site.x] if s is not site]
+        others = [self.regions[s] for s in self.reading[self.x[site]] if s is not site]
         taken = {mark, *self.site_at, *site.skip_path}.union(region, *others)
-        begins = {c for u in site.x.users if u in region and (c := _child_call(u, site))}
-        behind = [u for u in site.x.users if u not in taken and mark < u]
+        begins = {c for u in self.x[site].users if u in region and (c := _child_call(u, site))}
+        behind = [u for u in self.x[site].users if u not in taken and mark < u]
         return [u for u in behind if _child_call(u, site) in begins]
 
     def _where_branch_begins(self, site: Site, readers: list[fx.Node]) -> Any:
@@ -147,12 +163,12 @@ class _Widener:
         There the site's coefficients get gradients though x was computed under ``no_grad``.
         """
         mode, first = self.modes.of(site.node), min(readers, default=site.node)
-        behind = _last_input(self.graph, site.x)
-        if self.modes.of(site.x) == mode or self.modes.of(first).others != mode.others:
+        behind = _last_input(self.graph, self.x[site])
+        if self.modes.of(self.x[site]) == mode or self.modes.of(first).others != mode.others:
             return self.graph.inserting_after(behind)
         with self.graph.inserting_after(behind):
-            start = marker(branch_input, site.x)
-        self.modes.set(start, self.modes.of(site.x))
+            start = marker(branch_input, self.x[site])
+        self.modes.set(start, self.modes.of(self.x[site]))
         self.stream_starts[start] = site
         return self.graph.inserting_before(first)
 
@@ -166,7 +182,7 @@ class _Widener:
 
     def _open_site(self, mark: fx.Node, site: Site) -> None:
         """Coefficients and the branch's input: everything that needs X and not F."""
-        dtype = _dtype(site.x)
+        dtype = _dtype(self.x[site])
         with self._writing(before=mark, like=site.node, recorded=mark in self.unrecorded):
             streams = self._proxy(self._streams_at_start(site))
             h: Any
@@ -194,7 +210,7 @@ class _Widener:
                 H = tuple(value.node for value in coefficients)
                 h = reference.pre(coefficients[0], streams, dtype=dtype, compute_dtype=compute)
                 self.opening[site] = flat, H, h.node
-            h = self._as_in_plain(h, site.x, site.channel_in)
+            h = self._as_in_plain(h, self.x[site], site.channel_in)
             h.node._rename("h")
         mark.replace_all_uses_with(h.node)
         self.inputs[mark] = h.node
@@ -202,8 +218,8 @@ class _Widener:
 
     def _streams_at_start(self, site: Site) -> fx.Node:
         """The streams of x: those of the chain so far, or the first of a chain."""
-        if site.x not in self.streams:
-            x = self.inputs.get(site.x, site.x)
+        if self.x[site] not in self.streams:
+            x = self.inputs.get(self.x[site], self.x[site])
             single = self._proxy(x)
             if site.channel_in != -1:
                 single = torch.movedim(single, site.channel_in, -1)
@@ -211,21 +227,21 @@ class _Widener:
             self.open_ends.append(OpenEnd("expand", streams.node))
             if self.options.stream_dtype is not None:
                 streams = streams.to(self.options.stream_dtype)
-            self._set_streams(site.x, streams, site, site.channel_in)
-            self.starts.add(site.x)
-        return self.streams[site.x]
+            self._set_streams(self.x[site], streams, site, site.channel_in)
+            self.starts.add(self.x[site])
+        return self.streams[self.x[site]]
 
     def _close_site(self, site: Site) -> None:
         """X' = H_res X + H_post^T F(h), in place of the sum."""
         dtype = self.options.stream_dtype or _dtype(site.node)
         with self._writing(before=site.node, like=site.node):
-            terms = [self._proxy(self.inputs.get(t, t)) for t in site.branch]
+            terms = [self._proxy(self.inputs.get(t, t)) for t in self.terms[site]]
             f = terms[0]
             for term in terms[1:]:
                 f = operator.add(f, term)
             if site.channel != -1:
                 f = torch.movedim(f, site.channel, -1)
-            streams = self._proxy(self.streams[site.skip])
+            streams = self._proxy(self.streams[self.skip[site]])
             if site.excluded:
                 result = (streams + f.unsqueeze(-2)).to(dtype)
             else:
@@ -314,7 +330,7 @@ class _Widener:
             sizes = [u for u in readers if op_of(u).kind is Kind.SHAPE and not holds_tensor(u)]
             site = self.origin[state][0]
             if state is site.node:  # F has the shape of z: sizes need no readout
-                term = self.inputs.get(site.branch[0], site.branch[0])
+                term = self.inputs.get(self.terms[site][0], self.terms[site][0])
                 for user in sizes:
                     user.replace_input_with(state, term)
                 readers = [u for u in readers if u not in sizes]
@@ -393,26 +409,16 @@ def _steps(detection: Detection) -> dict[fx.Node, fx.Node]:
         for node in site.skip_path:
             steps[node] = detection.streamwise[node]
         state = site.x
-        while site.previous is not None and state is not site.previous.node:
+        while site.previous is not None and state is not site.previous:
             steps[state] = detection.streamwise[state]
             state = detection.streamwise[state]
     return steps
 
 
-def _begin_at(site: Site, mark: fx.Node, steps: dict[fx.Node, fx.Node]) -> None:
-    """A chain inside a branch begins at the branch's input."""
-    for node in site.skip_path:
-        if steps[node] is site.x:
-            steps[node] = mark
-    site.skip = mark if site.skip is site.x else site.skip
-    site.branch = [mark if term is site.x else term for term in site.branch]
-    site.x = mark
-
-
 def _child_call(node: fx.Node, site: Site) -> str:
     """The module call by a site's owner that a node stands in, "" if there is none."""
     keys = ["", *(key for key, _ in stack_of(node))]  # "": the root of the capture
-    after = keys.index(site.owner_key) + 1 if site.owner_key in keys else len(keys)
+    after = keys.index(site.place.owner_key) + 1 if site.place.owner_key in keys else len(keys)
     return keys[after] if after < len(keys) else ""
 
 

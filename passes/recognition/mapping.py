@@ -32,7 +32,7 @@ from ..graph.operators import (
     value_of,
 )
 from ..graph.writer import Writer
-from ..sites.records import Reason, stack_of
+from ..sites.records import Place, Reason, location_of, stack_of
 from .coefficients import Met, Refused, Roles, oracle_of, residuals
 from .evaluation import Region, evaluate_down, grow, strip_casts, way_up
 from .token_rules import Known, Value
@@ -137,11 +137,11 @@ def is_widened(product: fx.Node) -> bool:
     return product.target is torch.ops.mhc.matmul.default
 
 
-def place_of(node: fx.Node) -> tuple[str, str]:
+def place_of(node: fx.Node) -> Place:
     """The module that computes a node: the path of its parent, and its name there."""
     stack = stack_of(node)
     owner, _, name = (stack[-1][1] if stack else "").rpartition(".")
-    return owner, name or node.name
+    return Place(owner, branch_name=name or node.name, location=location_of(node))
 
 
 # --- reading --------------------------------------------------------------------------------------

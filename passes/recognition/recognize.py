@@ -17,7 +17,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -79,7 +79,7 @@ def _recognize(gm: fx.GraphModule, context: Context) -> PassResult:
 
 def every_connection_is_read(gm: fx.GraphModule, context: Context) -> list[str]:
     """Each connection of the model's own can be read, or it was rejected with what differs."""
-    said = {r.node for r in context.own}
+    said = {r.node for r in context.own if isinstance(r, Rejected)}
     unread = [w for w in write_backs(gm.graph) if said.isdisjoint(w.products) and _rejected(w)]
     return [f"nothing was said of the connection at {w.node.name}" for w in unread]
 
@@ -338,10 +338,8 @@ def _rejected(found: WriteBack) -> Rejected | None:
         return None
     reason, detail = _difference(found)
     node = found.products[0]
-    owner, name = place_of(node)
-    rejected = Rejected(node, reason, owner, name, location_of(found.node), found.width)
-    rejected.detail = detail
-    return rejected
+    place = replace(place_of(node), location=location_of(found.node))
+    return Rejected(node, reason, place, found.width, detail)
 
 
 def _difference(found: WriteBack) -> tuple[Reason, str]:

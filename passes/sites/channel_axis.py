@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import fx
 
 from ..graph.dataflow import DataFlow
 from ..graph.operators import Kind, op_of, shape_of
 from ..graph.streamwise import streamwise_operands, transfer_axis
-from .records import Site
+from .records import ResidualAdd
 
-__all__ = ["channel_axis", "set_axes"]
+__all__ = ["Axes", "axes_of", "channel_axis"]
 
 
-def channel_axis(flow: DataFlow, site: Site) -> int | None:
+def channel_axis(flow: DataFlow, site: ResidualAdd) -> int | None:
     """The axis (from the right) of x that the first weighted operations of F act on.
 
     A linear layer and a LayerNorm act on the last axis, a convolution and a BatchNorm on the
@@ -72,45 +74,79 @@ def _followed(reader: fx.Node, node: fx.Node, axes: dict[int, int]) -> dict[int,
     return moved
 
 
-def set_axes(chain: list[Site], up: dict[fx.Node, fx.Node]) -> bool:
-    """Set the channel axes and widths of a chain's sites; False if the axis gets lost.
+@dataclass(frozen=True)
+class Axes:
+    """Where the channels of a site are: in x, in z (from the right), and how many there are."""
+
+    of_x: int
+    of_z: int
+    width: int
+
+
+def axes_of(
+    chain: Sequence[tuple[ResidualAdd, fx.Node | None, int | None]],
+    up: Mapping[fx.Node, fx.Node],
+) -> list[Axes] | None:
+    """The channel axes of a chain's sites; None if the axis gets lost.
 
     A chain has one channel axis. The first site's is the one that most sites vote for; each later
     site inherits it through the stream-wise operations in between. Where these move axes, the vote
     may be in another layout than the first site's: then it is the axis that becomes a voted one.
+
+    Args:
+        chain: each site with the sum that it comes from, if any, and its ``channel_axis``.
     """
-    votes = [-1 if site.revealed is None else site.revealed for site in chain]
+    votes = [-1 if revealed is None else revealed for *_, revealed in chain]
     common = max(dict.fromkeys(votes), key=votes.count)
-    if all(_set_axes(site, up, common) for site in chain):
-        return True
-    return any(
-        all(_set_axes(site, up, axis) for site in chain)
-        and any(site.channel_in == site.revealed for site in chain)
-        for axis in range(-1, -len(shape_of(chain[0].x)), -1)
-    )
+    if (found := _inherited(chain, up, common)) is not None:
+        return found
+    for axis in range(-1, -len(shape_of(chain[0][0].x)), -1):
+        found = _inherited(chain, up, axis)
+        if found is not None and any(
+            a.of_x == site[2] for a, site in zip(found, chain, strict=True)
+        ):
+            return found
+    return None
 
 
-def _set_axes(site: Site, up: dict[fx.Node, fx.Node], first: int) -> bool:
-    axis: int | None = first
-    path: list[fx.Node] = []
-    if site.previous is not None:
-        axis, node = site.previous.channel, site.x
-        while node is not site.previous.node:
-            path.append(node)
-            node = up[node]
+def _inherited(
+    chain: Sequence[tuple[ResidualAdd, fx.Node | None, int | None]],
+    up: Mapping[fx.Node, fx.Node],
+    first: int,
+) -> list[Axes] | None:
+    found: dict[fx.Node, Axes] = {}
+    for add, previous, _ in chain:
+        axis = first if previous is None else found[previous].of_z
+        axes = _axes(add, previous, up, axis)
+        if axes is None:
+            return None
+        found[add.node] = axes
+    return list(found.values())
+
+
+def _axes(
+    add: ResidualAdd, previous: fx.Node | None, up: Mapping[fx.Node, fx.Node], before: int
+) -> Axes | None:
+    """The axes of a site whose streams have their channels at ``before`` where they come from."""
+    path, node = list[fx.Node](), add.x
+    while previous is not None and node is not previous:
+        path.append(node)
+        node = up[node]
+    of_x = _carried(path, up, before)
+    if of_x is None or -of_x > len(shape_of(add.x)):
+        return None
+    of_z = _carried(add.skip_path, up, of_x)
+    if of_z is None:
+        return None
+    widths = shape_of(add.x)[of_x], shape_of(add.node)[of_z]
+    if type(widths[0]) is not int or widths[0] != widths[1]:
+        return None
+    return Axes(of_x, of_z, widths[0])
+
+
+def _carried(path: Sequence[fx.Node], up: Mapping[fx.Node, fx.Node], axis: int) -> int | None:
+    """Where stream-wise operations take an axis, the last of them first; None if it gets lost."""
+    now: int | None = axis
     for node in reversed(path):
-        axis = None if axis is None else transfer_axis(node, up[node], axis)
-    if axis is None or -axis > len(shape_of(site.x)):
-        return False
-    site.channel_in = axis
-    for node in reversed(site.skip_path):
-        axis = None if axis is None else transfer_axis(node, up[node], axis)
-    if axis is None:
-        return False
-    site.channel = axis
-    # A size that Dynamo first took for dynamic is an expression that became a number.
-    widths = str(shape_of(site.x)[site.channel_in]), str(shape_of(site.node)[site.channel])
-    if not widths[0].isdecimal() or widths[0] != widths[1]:
-        return False
-    site.width = int(widths[0])
-    return True
+        now = None if now is None else transfer_axis(node, up[node], now)
+    return now

@@ -1,10 +1,17 @@
-"""The findings of ``detect``: residual adds, taken or not, each with its reason."""
+"""What becomes of a residual add, each step a record of its own that nobody changes.
+
+ResidualAdd    found                                     ``find``
+Site           named, in a chain, with its parameters    ``detect``
+OpenSite       in the open form                          ``widen``
+FusedSite      in the graph that runs                    ``fused_sites``
+"""
 
 from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -12,10 +19,13 @@ from ...kernels.variants import Variant
 
 __all__ = [
     "Detection",
+    "FusedSite",
     "OpenEnd",
     "OpenSite",
+    "Place",
     "Reason",
     "Rejected",
+    "ResidualAdd",
     "Site",
     "identity_of",
     "location_of",
@@ -56,9 +66,9 @@ class Reason(enum.StrEnum):
     OWN_MODE = "a hyper-connection whose parts run in different modes (no_grad, autocast, ...)"
 
 
-@dataclass(eq=False)
-class Site:
-    """A residual add ``z = skip(x) + F(x)`` that becomes an n-stream connection.
+@dataclass(frozen=True, eq=False)
+class ResidualAdd:
+    """What the detector finds: a residual add ``z = skip(x) + F(x)``.
 
     Attributes:
         node: z, the outermost add of the site's sum.
@@ -67,44 +77,89 @@ class Site:
             to x through stream-wise operations (empty when the skip is x itself).
         branch: the other terms, in the order of the graph.
         adds: every add node of the sum, z last.
-        previous: the site whose sum is the state that x comes from, if any.
-        owner: path of the module whose forward contains the add ("" for the root).
-        branch_name: the branch's name within its owner.
-        revealed: position of the axis that F's weights act on in x, from the right, if they tell.
-        channel_in, channel: position of the channel axis in x and in z, from the right.
-        width: C, the size of that axis.
-        chain, position: number of the chain and the site's place in it.
-        linear: whether only linear stream-wise operations stand on the chain.
-        excluded: whether the configuration leaves this add a plain residual.
         ablated: whether a constant stands where F's result was: a hook on the branch put it there.
     """
 
     node: fx.Node
     x: fx.Node
     skip: fx.Node
-    skip_path: list[fx.Node]
-    branch: list[fx.Node]
-    adds: list[fx.Node]
-    previous: Site | None = None
+    skip_path: tuple[fx.Node, ...]
+    branch: tuple[fx.Node, ...]
+    adds: tuple[fx.Node, ...]
+    ablated: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an add belongs.
+
+    Attributes:
+        owner: path of the module whose forward contains it ("" for the root).
+        owner_key: of the call of that module, as ``nn_module_stack`` has it.
+        branch_name: the branch's name within its owner; of an add that is no site, the node's.
+        location: ``file:line``.
+    """
+
     owner: str = ""
     owner_key: str = ""
     branch_name: str = ""
-    revealed: int | None = None
+    location: str = ""
+
+    @property
+    def name(self) -> str:
+        """Path of the owner and name of the branch."""
+        return f"{self.owner}.{self.branch_name}" if self.owner else self.branch_name
+
+
+@dataclass(frozen=True, eq=False)
+class Site(ResidualAdd):
+    """A residual add in its chain: it becomes an n-stream connection.
+
+    Attributes:
+        place: whose it is.
+        previous: the add of the site whose sum is the state that x comes from, if any.
+        channel_in, channel: position of the channel axis in x and in z, from the right.
+        width: C, the size of that axis.
+        chain, position: number of the chain and the site's place in it.
+        length: how many sites the chain has in this graph.
+        linear: whether only linear stream-wise operations stand on the chain.
+        excluded: whether the configuration leaves this add a plain residual.
+        parameters: placeholders of phi, alpha, bias (and of the head's three at a last site);
+            empty where they are not inputs of the graph, and for an excluded site.
+    """
+
+    place: Place = Place()
+    previous: fx.Node | None = None
     channel_in: int = -1
     channel: int = -1
     width: int = 0
     chain: int = -1
     position: int = 0
+    length: int = 1
     linear: bool = True
     excluded: bool = False
-    ablated: bool = False
-    reason: str = ""
-    location: str = ""
-    parameters: list[fx.Node] = field(default_factory=list)
+    parameters: tuple[fx.Node, ...] = ()
 
     @property
     def name(self) -> str:
-        return f"{self.owner}.{self.branch_name}" if self.owner else self.branch_name
+        return self.place.name
+
+    @property
+    def owner(self) -> str:
+        return self.place.owner
+
+    @property
+    def branch_name(self) -> str:
+        return self.place.branch_name
+
+    @property
+    def location(self) -> str:
+        return self.place.location
+
+    @property
+    def reason(self) -> str:
+        """Why it was taken, in words."""
+        return f"site {self.position + 1} of {self.length} in chain {self.chain}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,25 +207,79 @@ class OpenEnd:
     eps: float = 0.0
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
+class FusedSite:
+    """A connection in the graph that runs: what ``widen`` made, or the model's own.
+
+    Attributes:
+        place: whose it is.
+        n: number of streams.
+        width: C.
+        chain, position: number of the chain and the place in it.
+        reason: in words; of a model's own, what was recognised and what was not.
+        parameters: placeholders of its parameters.
+        previous: name of the site whose sum its streams are, if any.
+        nodes: what it consists of, by the names of the operators: ``coefficients``, ``pre``,
+            ``post_res``; what has no operator is not among them.
+        excluded: whether it is a plain residual, by the configuration.
+    """
+
+    place: Place
+    n: int
+    width: int
+    chain: int
+    position: int
+    reason: str
+    parameters: tuple[fx.Node, ...] = ()
+    previous: str | None = None
+    nodes: Mapping[str, fx.Node] = field(default_factory=dict)
+    excluded: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.place.name
+
+    @property
+    def owner(self) -> str:
+        return self.place.owner
+
+    @property
+    def branch_name(self) -> str:
+        return self.place.branch_name
+
+    @property
+    def location(self) -> str:
+        return self.place.location
+
+
+@dataclass(frozen=True, eq=False)
 class Rejected:
-    """An add that looks residual and is left alone."""
+    """An add that looks residual and is left alone.
+
+    Attributes:
+        detail: what differs, for a hyper-connection of the model's own that is not one of ours.
+    """
 
     node: fx.Node
     reason: Reason
-    owner: str = ""
-    branch_name: str = ""
-    location: str = ""
+    place: Place = Place()
     width: int = 0
-    chain: int = -1
     detail: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.owner}.{self.branch_name}" if self.owner else self.branch_name
+        return self.place.name
+
+    @property
+    def owner(self) -> str:
+        return self.place.owner
+
+    @property
+    def location(self) -> str:
+        return self.place.location
 
 
-@dataclass
+@dataclass(frozen=True)
 class Detection:
     """Every residual-looking add of one graph.
 
@@ -181,10 +290,16 @@ class Detection:
         streamwise: from a node to the operand whose streams it acts on one by one.
     """
 
-    sites: list[Site]
-    rejected: list[Rejected]
-    chains: list[list[Site]]
-    streamwise: dict[fx.Node, fx.Node]
+    sites: Sequence[Site]
+    rejected: Sequence[Rejected]
+    chains: Sequence[Sequence[Site]]
+    streamwise: Mapping[fx.Node, fx.Node]
+
+    def with_parameters(self, parameters: Mapping[Site, Sequence[fx.Node]]) -> Detection:
+        """The same where the sites' parameters have become inputs of the graph."""
+        new = {s: replace(s, parameters=tuple(parameters[s])) for s in self.sites}
+        chains = [[new[site] for site in chain] for chain in self.chains]
+        return replace(self, sites=list(new.values()), chains=chains)
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')

@@ -134,13 +134,13 @@ def set_route(
             behind it follow that one.
     """
     connections = checks.connections(model)
-    active: dict[Any, int] = {}  # the stream that is active behind a site
+    active: dict[str, int] = {}  # the stream that is active behind a site
     for site in sites:
         read = active[site.previous] if site.previous else begin
         if site is lost[0]:
             read += lost[1]
         turn = site.position + begin
-        write = active[site] = read + turn
+        write = active[site.name] = read + turn
         _, alpha, bias = connections[site.name]
         alpha.zero_()
         bias.copy_(torch.cat([gate(read, n, LARGE), gate(write, n, 0.0), turned(turn, n)]))
