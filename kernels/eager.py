@@ -11,14 +11,11 @@ T counts tokens. Sums over streams and channels accumulate in the dtype of the c
 gradient with several parts is rounded once, after their sum.
 """
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from . import reference
 from .dtypes import compute_dtype
-from .ops.basic import sinkhorn_knopp_backward
 from .variants import Gate, Variant
 
 Coefficients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -299,7 +296,7 @@ def _chain_backward(
     d = [
         _gate_backward(grads[0], inputs[0], variant.pre),
         _gate_backward(grads[1], inputs[1], variant.post),
-        _residual_backward(grads[2], inputs[2], variant, n),
+        variant.res.backward(grads[2], inputs[2], n) if widths[2] else inputs[2],
     ]
     dalpha = torch.stack([(g * group).sum() for g, group in zip(d, groups, strict=True)])
     dmapped = torch.cat([g * a for g, a in zip(d, alpha, strict=True)], -1)
@@ -312,41 +309,3 @@ def _gate_backward(grad: Tensor, x: Tensor, gate: Gate) -> Tensor:
         return grad
     s = x.sigmoid()
     return grad * (s * (1 - s))
-
-
-def _residual_backward(grad: Tensor, x: Tensor, variant: Variant, n: int) -> Tensor:
-    """d H̃_res, with as many columns as H̃_res has."""
-    if variant.residual == "identity":
-        return torch.zeros_like(x)
-    if variant.residual == "permutations":
-        return _softmax_backward(_permuted_sums(grad, n), x.softmax(-1))
-    if variant.residual == "kronecker":
-        weights = x.unflatten(-1, (n.bit_length() - 1, 2)).softmax(-1)
-        return _softmax_backward(_kronecker_backward(grad, weights), weights).flatten(-2)
-    if variant.residual == "sinkhorn":
-        logits = x.unflatten(-1, (n, n))
-        logits = logits.mT if variant.transposed else logits
-        grad = sinkhorn_knopp_backward(grad, logits, variant.iterations, variant.eps)
-    return (grad.mT if variant.transposed else grad).flatten(-2)
-
-
-def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
-    return weights * (grad - (grad * weights).sum(-1, keepdim=True))
-
-
-def _permuted_sums(grad: Tensor, n: int) -> Tensor:
-    """⟨grad, P_p⟩ of every permutation: `[T, n, n]` -> `[T, n!]`."""
-    places = [[i * n + p[i] for i in range(n)] for p in itertools.permutations(range(n))]
-    return grad.flatten(-2)[..., torch.tensor(places, device=grad.device)].sum(-1)
-
-
-def _kronecker_backward(grad: Tensor, weights: Tensor) -> Tensor:
-    """d weights `[T, k, 2]`; H_res is linear in the two weights of each factor."""
-    factors = weights.shape[-2]
-    out = torch.empty_like(weights)
-    for i, j in itertools.product(range(factors), range(2)):
-        one = weights.clone()
-        one[..., i, :] = 0
-        one[..., i, j] = 1
-        out[..., i, j] = (grad * reference.kronecker(one, factors)).sum((-2, -1))
-    return out

@@ -32,8 +32,7 @@ def possible(streams: list[int]) -> list[tuple[Variant, int]]:
     return [
         (variant, n)
         for variant, n in itertools.product(DESCRIPTIONS, streams)
-        if not (variant.residual == "permutations" and n > 4)
-        and not (variant.residual == "kronecker" and n & (n - 1))
+        if variant.res.obstacle(n) is None
     ]
 
 
