@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ...kernels import backends
-from ...kernels.ops.site import Call
-from ...kernels.variants import parse_variant
 from ..context import Context, PassResult
-from ..graph.operators import op_name, value_of
+from ..graph.operators import op_name, shape_of, value_of
 from ..open_form.widen import branch_input
 
 __all__ = ["emitted", "lower"]
@@ -41,30 +39,36 @@ def emitted(gm: fx.GraphModule) -> dict[str, str]:
     """The source that is generated for the coefficients of a graph, by what it is for."""
     found = {}
     for node in gm.graph.nodes:
-        if str(node.target) == "mhc.coefficients.default":
-            call, variant = _call_of(node), parse_variant(node.args[4])
-            text = backends.source(call.kernels, call.dtype, call.n, variant)
+        plan = _plan_of(node)
+        if plan is not None and plan.variant is not None:
+            n = int(shape_of(node.args[0])[-2])  # type: ignore[call-overload]
+            text = plan.kernels.source(plan.variant, n, plan.dtype)
             if text is not None:
-                found[f"{variant.text}, n = {call.n}, {backends.language(call.kernels)}"] = text
+                found[f"{plan.variant.text}, n = {n}, {plan.kernels.LANGUAGE}"] = text
     return found
 
 
 def _implementation(node: fx.Node) -> str:
-    call = _call_of(node)
-    return "PyTorch" if call is None else backends.language(call.kernels)
+    plan = _plan_of(node)
+    return "PyTorch" if plan is None else plan.kernels.LANGUAGE
 
 
-def _call_of(node: fx.Node) -> Any:
-    """The call as the operator makes it; None for operators that are PyTorch on every device."""
-    make = _CALLS.get(op_name(node))
+def _plan_of(node: fx.Node) -> backends.Plan | None:
+    """The plan that the operator makes; None for operators that are PyTorch on every device."""
+    make = _PLANS.get(op_name(node))
     args = [value_of(a) if isinstance(a, fx.Node) else a for a in node.args]
     return None if make is None or not isinstance(args[0], Tensor) else make(*args)
 
 
-_CALLS: dict[str, Callable[..., Call]] = {
-    "coefficients": lambda X, phi, alpha, bias, variant, eps: Call(
-        X, phi, variant=parse_variant(variant)
-    ),
-    "pre": lambda H_pre, X, dtype: Call(X, H_pre, dtype),
-    "post_res": lambda H_res, H_post, X, f: Call(X, H_res, f.dtype),
+def _plan(
+    X: Tensor, coefficient: Tensor, *dtypes: torch.dtype, variant: str | None = None
+) -> backends.Plan:
+    n = int(X.shape[-2])
+    return backends.plan(X.device, n, coefficient.dtype, (X.dtype, *dtypes), variant)
+
+
+_PLANS: dict[str, Callable[..., backends.Plan]] = {
+    "coefficients": lambda X, phi, alpha, bias, variant, eps: _plan(X, phi, variant=variant),
+    "pre": lambda H_pre, X, dtype: _plan(X, H_pre, dtype),
+    "post_res": lambda H_res, H_post, X, f: _plan(X, H_res, f.dtype),
 }

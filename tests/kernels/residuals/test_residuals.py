@@ -10,6 +10,7 @@ import torch
 from mhc_compile.kernels import eager, reference
 from mhc_compile.kernels.cpu import codegen as codegen_cpp
 from mhc_compile.kernels.gpu import codegen
+from mhc_compile.kernels.operands import Saved
 from mhc_compile.kernels.residuals import RESIDUALS
 from mhc_compile.kernels.variants import Variant, get_variant
 
@@ -61,7 +62,7 @@ def test_an_unknown_residual_raises_wherever_it_is_asked():
         lambda: unknown.check(n),
         lambda: reference.from_projection(y, alpha, bias, variant=unknown, n=n),
         lambda: eager.coefficients_backward(
-            *H, X, phi, alpha, bias, y, inv_r, variant=unknown, eps=1e-6
+            H, Saved(X, phi, alpha, bias, y, inv_r), variant=unknown, eps=1e-6
         ),
         lambda: codegen.source(unknown, n),
         lambda: codegen_cpp.chain_source(unknown, n, torch.float32),
