@@ -40,6 +40,7 @@ class Variant:
             file for each, which says what it reads of the following.
         iterations: of `sinkhorn`, 1 or more; 0 for the others.
         eps: of `sinkhorn`: 0 for the paper's form, above 0 for DeepSeek-V4's.
+        rank: of `low_rank`, 1 or more.
         inner: `tanh` in front of α and b (Hyper-Connections), else `linear`.
         transposed: whether the columns of φ for res are ordered [in, out] and not [out, in].
     """
@@ -52,6 +53,7 @@ class Variant:
     eps: float = 0.0
     inner: Literal["linear", "tanh"] = "linear"
     transposed: bool = False
+    rank: int = 1
 
     @property
     def text(self) -> str:
@@ -105,6 +107,7 @@ _DESCRIPTIONS = (
     Variant("mhc_lite", residual="permutations"),
     Variant("kromhc", residual="kronecker"),
     Variant("identity", residual="identity"),
+    Variant("low_rank", residual="low_rank"),
 )
 
 VARIANTS = tuple(variant.name for variant in _DESCRIPTIONS)
