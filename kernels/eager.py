@@ -11,52 +11,55 @@ T counts tokens. Sums over streams and channels accumulate in the dtype of the c
 gradient with several parts is rounded once, after their sum.
 """
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from . import reference
 from .dtypes import compute_dtype
-from .ops.basic import sinkhorn_knopp_backward
+from .operands import (
+    Closed,
+    Coefficients,
+    Gradients,
+    Mapping,
+    Opened,
+    Pair,
+    Parameters,
+    Saved,
+    Seven,
+    Six,
+    Triple,
+)
 from .variants import Gate, Variant
 
-Coefficients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""H_pre [T, n], H_post [T, n], H_res [T, n, n], y, inv_r."""
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
-"""dX, dφ, dα, db."""
+LANGUAGE = "PyTorch"
 
 
-def coefficients(
-    X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, variant: Variant, eps: float
-) -> Coefficients:
+def supports(dtype: torch.dtype, n: int, variant: Variant | None = None) -> bool:
+    return True
+
+
+def source(variant: Variant, n: int, dtype: torch.dtype) -> str | None:
+    """Nothing is generated."""
+    return None
+
+
+def coefficients(mapping: Mapping, *, variant: Variant, eps: float) -> Coefficients:
     """The coefficients of a site from its streams, and what its backward needs of them."""
+    X, phi, alpha, bias = mapping
     y, inv_r = _project(X, phi, eps)
     mapped = y * inv_r.unsqueeze(-1)
     H = reference.from_projection(mapped, alpha, bias, variant=variant, n=X.shape[1])
     return (*(h.contiguous() for h in H), y, inv_r)  # type: ignore[return-value]
 
 
-def coefficients_backward(
-    dH_pre: Tensor,
-    dH_post: Tensor,
-    dH_res: Tensor,
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-    *,
-    variant: Variant,
-    eps: float,
-) -> Gradients:
-    """The exact gradient of `coefficients`, the finite Sinkhorn iteration included."""
-    dX, *rest = _coefficients_backward(
-        dH_pre, dH_post, dH_res, X, phi, alpha, bias, y, inv_r, variant
-    )
-    return (dX.to(X.dtype), *rest)  # type: ignore[return-value]
+def coefficients_backward(dH: Triple, saved: Saved, *, variant: Variant, eps: float) -> Gradients:
+    """The exact gradient of `coefficients`, the finite Sinkhorn iteration included.
+
+    Args:
+        dH: gradients of H_pre, H_post, H_res.
+    """
+    dX, *rest = _coefficients_backward(dH, saved, variant)
+    return (dX.to(saved.X.dtype), *rest)  # type: ignore[return-value]
 
 
 def pre(H_pre: Tensor, X: Tensor) -> Tensor:
@@ -64,7 +67,7 @@ def pre(H_pre: Tensor, X: Tensor) -> Tensor:
     return (H_pre.unsqueeze(1) @ X.to(H_pre.dtype)).squeeze(1).to(X.dtype)
 
 
-def pre_backward(dh: Tensor, H_pre: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+def pre_backward(dh: Tensor, H_pre: Tensor, X: Tensor) -> Pair:
     """dH_pre, dX."""
     dH_pre, dX = _pre_backward(dh, H_pre, X)
     return dH_pre, dX.to(X.dtype)
@@ -78,7 +81,7 @@ def post_res(H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor) -> Tensor:
 
 def post_res_backward(
     dX2: Tensor, H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """dH_res, dH_post, dX, df."""
     exact, f_exact = dX2.to(H_res.dtype), f.to(H_res.dtype)
     dH_res = exact @ X.to(H_res.dtype).mT
@@ -88,83 +91,46 @@ def post_res_backward(
     return dH_res, dH_post, dX, df
 
 
-def coefficients_pre(
-    X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, variant: Variant, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def coefficients_pre(mapping: Mapping, *, variant: Variant, eps: float) -> Six:
     """h, and the coefficients: both read the same streams."""
-    found = coefficients(X, phi, alpha, bias, variant=variant, eps=eps)
-    return (pre(found[0], X), *found)
+    found = coefficients(mapping, variant=variant, eps=eps)
+    return (pre(found[0], mapping.X), *found)
 
 
 def coefficients_pre_backward(
-    dh: Tensor,
-    dH_post: Tensor,
-    dH_res: Tensor,
-    H_pre: Tensor,
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-    partial: Tensor | None,
-    *,
-    variant: Variant,
-    eps: float,
+    opened: Opened, saved: Saved, partial: Tensor | None, *, variant: Variant, eps: float
 ) -> Gradients:
     """dX with all its parts, dφ, dα, db.
 
     Args:
         partial: the gradient of X from its other readers, in X's dtype; None if there are none.
     """
-    dX, *rest = _coefficients_pre_backward(
-        dh, dH_post, dH_res, H_pre, X, phi, alpha, bias, y, inv_r, partial, variant
-    )
-    return (dX.to(X.dtype), *rest)  # type: ignore[return-value]
+    dX, *rest = _coefficients_pre_backward(opened, saved, partial, variant)
+    return (dX.to(saved.X.dtype), *rest)  # type: ignore[return-value]
 
 
-def seam(
-    H_res: Tensor,
-    H_post: Tensor,
-    X: Tensor,
-    f: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    variant: Variant,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def seam(closed: Closed, parameters: Parameters, *, variant: Variant, eps: float) -> Seven:
     """X' of a site, then h and the coefficients of the next site from X' as it was rounded."""
-    X2 = post_res(H_res, H_post, X, f)
-    return (X2, *coefficients_pre(X2, phi, alpha, bias, variant=variant, eps=eps))
+    X2 = post_res(*closed)
+    return (X2, *coefficients_pre(Mapping(X2, *parameters), variant=variant, eps=eps))
 
 
 def seam_backward(
-    dh: Tensor,
-    dH_post_next: Tensor,
-    dH_res_next: Tensor,
-    H_pre_next: Tensor,
-    X2: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
+    opened: Opened,
+    saved: Saved,
     partial: Tensor | None,
-    H_res: Tensor,
-    H_post: Tensor,
-    X: Tensor,
-    f: Tensor,
+    closed: Closed,
     *,
     variant: Variant,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dφ, dα, db of the next site; dH_res, dH_post, dX, df of this one. dX' is never rounded."""
-    dX2, dphi, dalpha, dbias = _coefficients_pre_backward(
-        dh, dH_post_next, dH_res_next, H_pre_next, X2, phi, alpha, bias, y, inv_r, partial, variant
-    )
-    return (dphi, dalpha, dbias, *post_res_backward(dX2, H_res, H_post, X, f))
+) -> Seven:
+    """dφ, dα, db of the next site; dH_res, dH_post, dX, df of this one. dX' is never rounded.
+
+    Args:
+        opened, saved, partial: of the next site, whose X is X'.
+    """
+    dX2, *rest = _coefficients_pre_backward(opened, saved, partial, variant)
+    return (*rest, *post_res_backward(dX2, *closed))  # type: ignore[return-value]
 
 
 def expand(x: Tensor, n: int) -> Tensor:
@@ -185,32 +151,22 @@ def readout_backward(dx: Tensor, n: int, kind: str) -> Tensor:
 
 def head_weights(
     X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, eps: float, offset: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Triple:
     """The weights `[T, n]` of the learned readout, y = x⃗ φ `[T, n]` and 1 / r `[T]`."""
     y, inv_r = _project(X, phi, eps)
     return (alpha * (y * inv_r.unsqueeze(-1)) + bias).sigmoid() + offset, y, inv_r
 
 
-def head_backward(
-    dx: Tensor,
-    dweights: Tensor,
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    weights: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-) -> Gradients:
+def head_backward(dx: Tensor, dweights: Tensor, saved: Saved, weights: Tensor) -> Gradients:
     """dX, dφ, dα, db of the learned readout; `dweights` comes from other readers."""
-    dH, dX = _pre_backward(dx, weights, X)
-    normed = y * inv_r.unsqueeze(-1)
-    d = _gate_backward(dH + dweights, alpha * normed + bias, Gate("sigmoid"))
-    more, dphi = _project_backward(d * alpha, X, phi, y, inv_r)
-    return dX.add_(more).to(X.dtype), dphi, (d * normed).sum().reshape(1), d.sum(0)
+    dH, dX = _pre_backward(dx, weights, saved.X)
+    normed = saved.y * saved.inv_r.unsqueeze(-1)
+    d = _gate_backward(dH + dweights, saved.alpha * normed + saved.bias, Gate("sigmoid"))
+    more, dphi = _project_backward(d * saved.alpha, saved)
+    return dX.add_(more).to(saved.X.dtype), dphi, (d * normed).sum().reshape(1), d.sum(0)
 
 
-def _project(X: Tensor, phi: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _project(X: Tensor, phi: Tensor, eps: float) -> Pair:
     """y = x⃗ φ and 1 / r."""
     flat = X.flatten(1).to(phi.dtype)
     return flat @ phi, (flat.square().mean(-1) + eps).rsqrt()
@@ -219,78 +175,47 @@ def _project(X: Tensor, phi: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 # --- gradients in the dtype of the coefficients ---------------------------------------------------
 
 
-def _pre_backward(dh: Tensor, H_pre: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+def _pre_backward(dh: Tensor, H_pre: Tensor, X: Tensor) -> Pair:
     exact = dh.to(H_pre.dtype)
     dH_pre = (X.to(H_pre.dtype) @ exact.unsqueeze(-1)).squeeze(-1)
     return dH_pre, H_pre.unsqueeze(-1) * exact.unsqueeze(1)
 
 
 def _coefficients_pre_backward(
-    dh: Tensor,
-    dH_post: Tensor,
-    dH_res: Tensor,
-    H_pre: Tensor,
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-    partial: Tensor | None,
-    variant: Variant,
+    opened: Opened, saved: Saved, partial: Tensor | None, variant: Variant
 ) -> Gradients:
-    dH_pre, dX = _pre_backward(dh, H_pre, X)
-    more, *rest = _coefficients_backward(
-        dH_pre, dH_post, dH_res, X, phi, alpha, bias, y, inv_r, variant
-    )
+    dh, dH_post, dH_res, H_pre = opened
+    dH_pre, dX = _pre_backward(dh, H_pre, saved.X)
+    more, *rest = _coefficients_backward((dH_pre, dH_post, dH_res), saved, variant)
     dX.add_(more)
     if partial is not None:
         dX.add_(partial)
     return (dX, *rest)  # type: ignore[return-value]
 
 
-def _coefficients_backward(
-    dH_pre: Tensor,
-    dH_post: Tensor,
-    dH_res: Tensor,
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-    variant: Variant,
-) -> Gradients:
-    normed = y * inv_r.unsqueeze(-1)
+def _coefficients_backward(dH: Triple, saved: Saved, variant: Variant) -> Gradients:
+    normed = saved.y * saved.inv_r.unsqueeze(-1)
     mapped = normed.tanh() if variant.inner == "tanh" else normed
-    dmapped, dalpha, dbias = _chain_backward(
-        (dH_pre, dH_post, dH_res), mapped, alpha, bias, variant
-    )
+    dmapped, dalpha, dbias = _chain_backward(dH, mapped, saved.alpha, saved.bias, variant)
     if variant.inner == "tanh":
         dmapped = dmapped * (1 - mapped.square())
-    return (*_project_backward(dmapped, X, phi, y, inv_r), dalpha, dbias)
+    return (*_project_backward(dmapped, saved), dalpha, dbias)
 
 
-def _project_backward(
-    dmapped: Tensor, X: Tensor, phi: Tensor, y: Tensor, inv_r: Tensor
-) -> tuple[Tensor, Tensor]:
+def _project_backward(dmapped: Tensor, saved: Saved) -> Pair:
     """dX and dφ from the gradient of y / r."""
-    flat = X.flatten(1).to(phi.dtype)
-    dy = dmapped * inv_r.unsqueeze(-1)
-    dinv_r = (dmapped * y).sum(-1)
+    flat = saved.X.flatten(1).to(saved.phi.dtype)
+    dy = dmapped * saved.inv_r.unsqueeze(-1)
+    dinv_r = (dmapped * saved.y).sum(-1)
     # inv_r = (mean(x⃗²) + eps)^(-1/2):  d inv_r / d x⃗ = -inv_r³ x⃗ / (nC)
-    dX = dy @ phi.mT
-    dX.addcmul_(flat, (dinv_r * inv_r**3 / -flat.shape[1]).unsqueeze(-1))
-    return dX.view(X.shape), flat.mT @ dy
+    dX = dy @ saved.phi.mT
+    dX.addcmul_(flat, (dinv_r * saved.inv_r**3 / -flat.shape[1]).unsqueeze(-1))
+    return dX.view(saved.X.shape), flat.mT @ dy
 
 
 def _chain_backward(
-    grads: tuple[Tensor, Tensor, Tensor],
-    mapped: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    variant: Variant,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grads: Triple, mapped: Tensor, alpha: Tensor, bias: Tensor, variant: Variant
+) -> Triple:
     """d mapped, dα, db, from the gradients of H_pre, H_post and H_res."""
     n = grads[0].shape[-1]
     widths = variant.columns(n)
@@ -299,7 +224,7 @@ def _chain_backward(
     d = [
         _gate_backward(grads[0], inputs[0], variant.pre),
         _gate_backward(grads[1], inputs[1], variant.post),
-        _residual_backward(grads[2], inputs[2], variant, n),
+        variant.res.backward(grads[2], inputs[2], n) if widths[2] else inputs[2],
     ]
     dalpha = torch.stack([(g * group).sum() for g, group in zip(d, groups, strict=True)])
     dmapped = torch.cat([g * a for g, a in zip(d, alpha, strict=True)], -1)
@@ -312,41 +237,3 @@ def _gate_backward(grad: Tensor, x: Tensor, gate: Gate) -> Tensor:
         return grad
     s = x.sigmoid()
     return grad * (s * (1 - s))
-
-
-def _residual_backward(grad: Tensor, x: Tensor, variant: Variant, n: int) -> Tensor:
-    """d H̃_res, with as many columns as H̃_res has."""
-    if variant.residual == "identity":
-        return torch.zeros_like(x)
-    if variant.residual == "permutations":
-        return _softmax_backward(_permuted_sums(grad, n), x.softmax(-1))
-    if variant.residual == "kronecker":
-        weights = x.unflatten(-1, (n.bit_length() - 1, 2)).softmax(-1)
-        return _softmax_backward(_kronecker_backward(grad, weights), weights).flatten(-2)
-    if variant.residual == "sinkhorn":
-        logits = x.unflatten(-1, (n, n))
-        logits = logits.mT if variant.transposed else logits
-        grad = sinkhorn_knopp_backward(grad, logits, variant.iterations, variant.eps)
-    return (grad.mT if variant.transposed else grad).flatten(-2)
-
-
-def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
-    return weights * (grad - (grad * weights).sum(-1, keepdim=True))
-
-
-def _permuted_sums(grad: Tensor, n: int) -> Tensor:
-    """⟨grad, P_p⟩ of every permutation: `[T, n, n]` -> `[T, n!]`."""
-    places = [[i * n + p[i] for i in range(n)] for p in itertools.permutations(range(n))]
-    return grad.flatten(-2)[..., torch.tensor(places, device=grad.device)].sum(-1)
-
-
-def _kronecker_backward(grad: Tensor, weights: Tensor) -> Tensor:
-    """d weights `[T, k, 2]`; H_res is linear in the two weights of each factor."""
-    factors = weights.shape[-2]
-    out = torch.empty_like(weights)
-    for i, j in itertools.product(range(factors), range(2)):
-        one = weights.clone()
-        one[..., i, :] = 0
-        one[..., i, j] = 1
-        out[..., i, j] = (grad * reference.kronecker(one, factors)).sum((-2, -1))
-    return out

@@ -119,7 +119,7 @@ def from_projection(
     H_post = _gate(variant.post, groups[1] * alpha[1] + biases[1])
     if widths[2] == 0:
         return H_pre, H_post, torch.diag_embed(torch.ones_like(H_pre))
-    return H_pre, H_post, _residual(variant, groups[2] * alpha[2] + biases[2], n)
+    return H_pre, H_post, variant.res.forward(groups[2] * alpha[2] + biases[2], n)
 
 
 def pre(H_pre: Tensor, X: Tensor, *, dtype: torch.dtype, compute_dtype: torch.dtype) -> Tensor:
@@ -180,33 +180,6 @@ def sinkhorn_knopp(logits: Tensor, iters: int, eps: float = 0.0) -> Tensor:
     return M
 
 
-def mixed_permutations(weights: Tensor, n: int) -> Tensor:
-    """Σ_p weights[p] · P_p, P_p[i, p[i]] = 1, over all permutations: `[..., n!]` -> `[..., n, n]`.
-
-    In the order of `itertools.permutations` the first (n - 1)! have p[0] = 0, the next p[0] = 1,
-    and so on: sums of these blocks are row 0. Within block k the other rows permute the columns
-    without k, so column j of the smaller problem is column j where j < k, and j + 1 elsewhere.
-    """
-    if n == 1:
-        return weights.unsqueeze(-1)
-    blocks = weights.unflatten(-1, (n, -1))
-    rest = mixed_permutations(blocks, n - 1).transpose(-3, -2)  # [..., row, k, j]
-    below, above = rest.tril(-1).sum(-2), rest.triu().sum(-2)  # j < k and j >= k
-    zeros = torch.zeros_like(below[..., :1])
-    rows = torch.cat((below, zeros), -1) + torch.cat((zeros, above), -1)
-    return torch.cat((blocks.sum(-1).unsqueeze(-2), rows), -2)
-
-
-def kronecker(weights: Tensor, factors: int) -> Tensor:
-    """U_1 ⊗ … ⊗ U_k with U = [[p, q], [q, p]]: `[..., k, 2]` of (p, q) -> `[..., 2^k, 2^k]`."""
-    U = torch.stack((weights, weights.flip(-1)), -2)
-    H = U.select(-3, 0)
-    for i in range(1, factors):
-        product = H.unsqueeze(-1).unsqueeze(-3) * U.select(-3, i).unsqueeze(-2).unsqueeze(-4)
-        H = product.flatten(-2).flatten(-3, -2)
-    return H
-
-
 def _project(
     X: Tensor, phi: Tensor, *, width: int, eps: float, compute_dtype: torch.dtype
 ) -> Tensor:
@@ -219,18 +192,3 @@ def _gate(gate: Gate, x: Tensor) -> Tensor:
     y = x.sigmoid() if gate.function == "sigmoid" else x
     y = y if gate.scale == 1 else gate.scale * y
     return y if gate.offset == 0 else y + gate.offset
-
-
-def _residual(variant: Variant, x: Tensor, n: int) -> Tensor:
-    """H_res `[..., n, n]` from its numbers H̃_res `[..., variant.columns(n)[2]]`."""
-    if variant.residual == "permutations":
-        return mixed_permutations(x.softmax(-1), n)
-    if variant.residual == "kronecker":
-        factors = n.bit_length() - 1
-        return kronecker(x.unflatten(-1, (factors, 2)).softmax(-1), factors)
-    matrix = x.unflatten(-1, (n, n))
-    if variant.transposed:
-        matrix = matrix.transpose(-1, -2)
-    if variant.residual == "free":
-        return matrix
-    return torch.ops.mhc.sinkhorn_knopp.default(matrix, variant.iterations, variant.eps)

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from .gpu.limits import MOST_FUSED_STREAMS
+
 if TYPE_CHECKING:
     from .gpu import projection
 
@@ -106,9 +108,6 @@ OPERATORS = {
 }
 """Streams in units of C elements a token: see `Streams`."""
 
-MOST_STREAMS = 4
-"""More do not fit the registers of one kernel: their seams are made of those of both sites."""
-
 OF_MANY_STREAMS = OPERATORS | {
     "seam": Operator(
         Streams(2, 2),
@@ -127,7 +126,7 @@ OF_MANY_STREAMS = OPERATORS | {
         mixes=2,
     ),
 }
-"""For more than `MOST_STREAMS`."""
+"""For more than `MOST_FUSED_STREAMS`."""
 
 
 def groups(n: int, columns: int) -> int:
@@ -183,7 +182,7 @@ def traffic(
 
 
 def _known(operator: str, n: int) -> Operator:
-    return (OF_MANY_STREAMS if n > MOST_STREAMS else OPERATORS)[operator]
+    return (OF_MANY_STREAMS if n > MOST_FUSED_STREAMS else OPERATORS)[operator]
 
 
 # --- what is no stream ---------------------------------------------------------------------------
@@ -298,7 +297,7 @@ class _Call:
         from .gpu import launch
 
         channels = launch.blocks(self.C, self.dtype).channels
-        return 1 if self.n <= MOST_STREAMS else -(-self.C // channels)
+        return 1 if self.n <= MOST_FUSED_STREAMS else -(-self.C // channels)
 
 
 def _nothing(c: _Call) -> Iterator[Apart]:

@@ -13,15 +13,11 @@ KromHC arXiv:2601.21579, and the `deepseek_v4` model of Hugging Face transformer
 """
 
 import functools
-import math
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-Residual = Literal["sinkhorn", "free", "permutations", "kronecker", "identity"]
-
-MOST_PERMUTED_STREAMS = 4
-"""Largest n of `permutations`: n! columns are 24 for n = 4 and already 120 for n = 5."""
+from .residuals import RESIDUALS, Residual
 
 
 @dataclass(frozen=True)
@@ -40,18 +36,11 @@ class Variant:
     Args:
         name: a member of `VARIANTS`.
         pre, post: the gates of H_pre and H_post.
-        residual: how H_res is made from H̃_res:
-            `sinkhorn`: exp, then `iterations` times columns, rows to sum 1 (rows last);
-            `free`: H_res = H̃_res;
-            `permutations`: weights softmax(H̃_res) of the n! permutation matrices, in the order of
-            `itertools.permutations(range(n))`, where permutation p has the ones H[i, p[i]];
-            `kronecker`: U_1 ⊗ … ⊗ U_k, n = 2^k, where the two numbers of factor i weigh the
-            identity and the exchange, by softmax;
-            `identity`: I.
+        residual: the name of the way that H_res is made from H̃_res; the folder residuals/ has a
+            file for each, which says what it reads of the following.
         iterations: of `sinkhorn`, 1 or more; 0 for the others.
-        eps: of `sinkhorn`. 0: the first columns and rows in the log domain. Above 0, as
-            DeepSeek-V4 does: softmax over each column plus eps instead of exp and the first
-            columns, and eps added to every sum that is divided by.
+        eps: of `sinkhorn`: 0 for the paper's form, above 0 for DeepSeek-V4's.
+        rank: of `low_rank`, 1 or more.
         inner: `tanh` in front of α and b (Hyper-Connections), else `linear`.
         transposed: whether the columns of φ for res are ordered [in, out] and not [out, in].
     """
@@ -59,11 +48,12 @@ class Variant:
     name: str
     pre: Gate = Gate("sigmoid")
     post: Gate = Gate("sigmoid", scale=2.0)
-    residual: Residual = "sinkhorn"
+    residual: str = "sinkhorn"
     iterations: int = 0
     eps: float = 0.0
     inner: Literal["linear", "tanh"] = "linear"
     transposed: bool = False
+    rank: int = 1
 
     @property
     def text(self) -> str:
@@ -74,29 +64,28 @@ class Variant:
         usual, own = _flat(_named(self.name)), _flat(self)
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in own.items() if v != usual[k])})"
 
+    @functools.cached_property
+    def res(self) -> Residual:
+        """How H_res is made, with the numbers that it reads of this description.
+
+        Raises:
+            ValueError: for an unknown residual.
+        """
+        if self.residual not in RESIDUALS:
+            known = ", ".join(RESIDUALS)
+            raise ValueError(f"unknown residual {self.residual!r}; known are {known}")
+        kind = RESIDUALS[self.residual]
+        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+
     def columns(self, n: int) -> tuple[int, int, int]:
         """Columns of φ, and elements of b, for pre, post and res with n streams."""
-        if self.residual == "permutations":
-            return n, n, math.factorial(n)
-        if self.residual == "kronecker":
-            return n, n, 2 * (n.bit_length() - 1)
-        return n, n, 0 if self.residual == "identity" else n * n
+        return n, n, self.res.columns(n)
 
     def check(self, n: int) -> None:
         """Raise ValueError if this variant cannot have n streams; the message says what can."""
         _check_positive("the number of streams n", n)
-        if self.residual == "permutations" and n > MOST_PERMUTED_STREAMS:
-            raise ValueError(
-                f"variant {self.name!r} mixes all n! permutations of the streams, too many for "
-                f"n={n}: use n <= {MOST_PERMUTED_STREAMS}, or another variant ('mhc' for any n, "
-                f"'kromhc' for powers of two)"
-            )
-        if self.residual == "kronecker" and n & (n - 1):
-            raise ValueError(
-                f"variant {self.name!r} is a product of 2 by 2 matrices and needs a power of two, "
-                f"got n={n}: use n={1 << (n.bit_length() - 1)} or n={1 << n.bit_length()}, or "
-                f"variant 'mhc'"
-            )
+        if obstacle := self.res.obstacle(n):
+            raise ValueError(f"variant {self.name!r} {obstacle}")
 
 
 def _check_positive(what: str, value: object) -> None:
@@ -118,6 +107,7 @@ _DESCRIPTIONS = (
     Variant("mhc_lite", residual="permutations"),
     Variant("kromhc", residual="kronecker"),
     Variant("identity", residual="identity"),
+    Variant("low_rank", residual="low_rank"),
 )
 
 VARIANTS = tuple(variant.name for variant in _DESCRIPTIONS)
@@ -137,8 +127,8 @@ def get_variant(name: str, *, sinkhorn_iters: int = 20) -> Variant:
     """
     _check_positive("sinkhorn_iters", sinkhorn_iters)
     variant = _named(name)
-    iterations = sinkhorn_iters if variant.residual == "sinkhorn" else 0
-    return replace(variant, iterations=iterations)
+    reads = {field.name for field in fields(variant.res)}
+    return replace(variant, iterations=sinkhorn_iters if "iterations" in reads else 0)
 
 
 @functools.cache

@@ -31,8 +31,9 @@ class Config:
         n: number of residual streams. Default 4 (paper §5). The residual stream takes n times the
             memory; n² + 2n coefficients are computed per token and site. 1 rewrites nothing.
         variant: how the coefficients are parametrised: `mhc` (the paper), `deepseek_v4`, `hc`
-            (arXiv:2409.19606), `mhc_lite`, `kromhc` or `identity`. Default `mhc`. Costs nC times
-            the variant's number of columns in parameters per site.
+            (arXiv:2409.19606), `mhc_lite`, `kromhc`, `identity`, or, for experiments, `low_rank`
+            (H_res = I + U Vᵀ, rank 1). Default `mhc`. Costs nC times the variant's number of
+            columns in parameters per site.
         sinkhorn_iters: column and row normalisations of H_res, for `mhc` and `deepseek_v4`.
             Default 20 (paper §4.2). Fewer are cheaper and less doubly stochastic.
         eps: added to mean(x⃗²) under the root of the norm. Default 1e-6, of the order usual in

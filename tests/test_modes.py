@@ -515,6 +515,7 @@ VARIANTS = {
     "mhc_lite": EXACT,
     "kromhc": EXACT,
     "identity": EXACT,
+    "low_rank": EXACT,
 }
 
 

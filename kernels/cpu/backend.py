@@ -16,14 +16,32 @@ Note: One gradient, rounded once
 
 import ctypes
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dtypes import compute_dtype
+from ..operands import (
+    WITH_CHANNELS,
+    Closed,
+    Coefficients,
+    Gradients,
+    Mapping,
+    Opened,
+    Pair,
+    Parameters,
+    Saved,
+    Seven,
+    Six,
+    Triple,
+)
 from ..variants import Variant
 from . import codegen as codegen_cpp
 from . import native
+
+LANGUAGE = "C++"
 
 MOST_STREAMS = 16
 
@@ -34,7 +52,7 @@ _PARAMETERS = {
     "d": ctypes.c_double,
 }
 
-# Parameters of the functions in cpp/*.h; p: pointer, i: int, l: int64_t, d: double.
+# Parameters of the functions in *.h; p: pointer, i: int, l: int64_t, d: double.
 _SIGNATURES = {
     "pre": "ill" + "ppp",
     "pre_backward": "ill" + "ppppp",
@@ -58,149 +76,82 @@ def supports(dtype: torch.dtype, n: int, variant: Variant | None = None) -> bool
     )
 
 
-def coefficients(
-    X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, variant: Variant, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def source(variant: Variant, n: int, dtype: torch.dtype) -> str | None:
+    """The text of the coefficients, for streams of a dtype."""
+    return codegen_cpp.chain_source(variant, n, compute_dtype(dtype))
+
+
+def coefficients(mapping: Mapping, *, variant: Variant, eps: float) -> Coefficients:
     """H_pre [T, n], H_post [T, n], H_res [T, n, n], y = x⃗ φ [T, cols] and 1 / r [T]."""
-    return _forward(_Site(X, variant), X, phi, alpha, bias, eps)
+    return _forward(_Site(mapping.X, variant), mapping, eps)
 
 
-def coefficients_pre(
-    X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, variant: Variant, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def coefficients_pre(mapping: Mapping, *, variant: Variant, eps: float) -> Six:
     """h = H_pre X, H_pre, H_post, H_res, y, 1 / r."""
-    site = _Site(X, variant)
-    h = X.new_empty(site.T, site.C)
-    return h, *_forward(site, X, phi, alpha, bias, eps, h=h)
+    site = _Site(mapping.X, variant)
+    h = mapping.X.new_empty(site.T, site.C)
+    return (h, *_forward(site, mapping, eps, h))
 
 
-def seam(
-    H_res: Tensor,
-    H_post: Tensor,
-    X: Tensor,
-    f: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    variant: Variant,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def seam(closed: Closed, parameters: Parameters, *, variant: Variant, eps: float) -> Seven:
     """The end of a site and the start of the next.
 
     Returns:
         X2 = H_res X + H_postᵀ f, and of the next site, from X2: h, H_pre, H_post, H_res, y, 1 / r.
     """
+    X = closed.X
     site = _Site(X, variant)
     X2, h = torch.empty_like(X), X.new_empty(site.T, site.C)
-    before = (H_res, H_post, X, f)
-    return X2, h, *_forward(site, X2, phi, alpha, bias, eps, h=h, before=before)
+    return (X2, h, *_forward(site, Mapping(X2, *parameters), eps, h, closed))
 
 
-def coefficients_backward(
-    dH_pre: Tensor,
-    dH_post: Tensor,
-    dH_res: Tensor,
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-    *,
-    variant: Variant,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def coefficients_backward(dH: Triple, saved: Saved, *, variant: Variant, eps: float) -> Gradients:
     """dX, dφ, dα, db of `coefficients`."""
-    site = _Site(X, variant)
-    dX = torch.empty_like(X)
-    of_next = site.K(dH_pre, site.T, site.n), None, None
-    return dX, *_backward(site, of_next, dH_post, dH_res, X, phi, alpha, bias, y, inv_r, None, dX)
+    dX = torch.empty_like(saved.X)
+    return dX, *_backward(_Site(saved.X, variant), (*dH, None, None), saved, None, dX)
 
 
 def coefficients_pre_backward(
-    dh: Tensor,
-    dH_post: Tensor,
-    dH_res: Tensor,
-    H_pre: Tensor,
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-    partial: Tensor | None,
-    *,
-    variant: Variant,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    opened: Opened, saved: Saved, partial: Tensor | None, *, variant: Variant, eps: float
+) -> Gradients:
     """dX, dφ, dα, db of `coefficients_pre`; `partial`, if given, is added to dX."""
-    site = _Site(X, variant)
-    dX = torch.empty_like(X)
-    of_pre = None, site.K(H_pre, site.T, site.n), site.S(dh, site.T, site.C)
-    return dX, *_backward(site, of_pre, dH_post, dH_res, X, phi, alpha, bias, y, inv_r, partial, dX)
+    dh, dH_post, dH_res, H_pre = opened
+    dX = torch.empty_like(saved.X)
+    grads = None, dH_post, dH_res, H_pre, dh
+    return dX, *_backward(_Site(saved.X, variant), grads, saved, partial, dX)
 
 
 def seam_backward(
-    dh: Tensor,
-    dH_post_next: Tensor,
-    dH_res_next: Tensor,
-    H_pre_next: Tensor,
-    X2: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
+    opened: Opened,
+    saved: Saved,
     partial: Tensor | None,
-    H_res: Tensor,
-    H_post: Tensor,
-    X: Tensor,
-    f: Tensor,
+    closed: Closed,
     *,
     variant: Variant,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Seven:
     """dφ, dα, db, dH_res, dH_post, dX, df of `seam`; `partial` is a further gradient of X2."""
-    site = _Site(X, variant)
-    T, n, C = site.T, site.n, site.C
-    dH_res, dH_post, dX, df = (torch.empty_like(t) for t in (H_res, H_post, X, f))
-    of_pre = None, site.K(H_pre_next, T, n), site.S(dh, T, C)
-    before = site.before(H_res, H_post, X, f)
-    gradients = dH_res.data_ptr(), dH_post.data_ptr(), df.data_ptr()
-    parameters = _backward(
-        site,
-        of_pre,
-        dH_post_next,
-        dH_res_next,
-        X2,
-        phi,
-        alpha,
-        bias,
-        y,
-        inv_r,
-        partial,
-        dX,
-        before,
-        gradients,
-    )
-    return *parameters, dH_res, dH_post, dX, df
+    dh, dH_post, dH_res, H_pre = opened
+    dH_res_closed, dH_post_closed, dX, df = of_closed = _like(closed)
+    grads = None, dH_post, dH_res, H_pre, dh
+    behind = dH_res_closed.data_ptr(), dH_post_closed.data_ptr(), df.data_ptr()
+    site = _Site(saved.X, variant)
+    return (*_backward(site, grads, saved, partial, dX, closed, behind), *of_closed)
 
 
 def pre(H_pre: Tensor, X: Tensor) -> Tensor:
     """h = H_pre X, [T, C]."""
     site = _Site(X)
     h = X.new_empty(site.T, site.C)
-    site.call("pre", site.K(H_pre, site.T, site.n), site.X(X), h.data_ptr())
+    site.call("pre", *site.pointers(("H_pre", "X"), (H_pre, X)), h.data_ptr())
     return h
 
 
-def pre_backward(dh: Tensor, H_pre: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+def pre_backward(dh: Tensor, H_pre: Tensor, X: Tensor) -> Pair:
     """dH_pre, dX."""
     site = _Site(X)
-    T, n, C = site.T, site.n, site.C
+    inputs = site.pointers(("dh", "H_pre", "X"), (dh, H_pre, X))
     dH_pre, dX = torch.empty_like(H_pre), torch.empty_like(X)
-    inputs = site.S(dh, T, C), site.K(H_pre, T, n), site.X(X)
     site.call("pre_backward", *inputs, dH_pre.data_ptr(), dX.data_ptr())
     return dH_pre, dX
 
@@ -208,20 +159,20 @@ def pre_backward(dh: Tensor, H_pre: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
 def post_res(H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor) -> Tensor:
     """X2 = H_res X + H_postᵀ f, [T, n, C]."""
     site = _Site(X)
+    inputs = site.pointers(Closed._fields, (H_res, H_post, X, f))
     X2 = torch.empty_like(X)
-    site.call("post_res", *site.before(H_res, H_post, X, f), X2.data_ptr())
+    site.call("post_res", *inputs, X2.data_ptr())
     return X2
 
 
 def post_res_backward(
     dX2: Tensor, H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """dH_res, dH_post, dX, df."""
     site = _Site(X)
-    dH_res, dH_post, dX, df = (torch.empty_like(t) for t in (H_res, H_post, X, f))
-    results = dH_res, dH_post, dX, df
-    inputs = site.X(dX2), *site.before(H_res, H_post, X, f)
-    site.call("post_res_backward", *inputs, *(t.data_ptr() for t in results))
+    inputs = site.pointers(("X", *Closed._fields), (dX2, H_res, H_post, X, f))
+    results = _like((H_res, H_post, X, f))
+    site.call("post_res_backward", *inputs, *map(Tensor.data_ptr, results))
     return results
 
 
@@ -229,7 +180,8 @@ def readout(X: Tensor, kind: str) -> Tensor:
     """The mean or sum of the streams, [T, C]."""
     site = _Site(X)
     x = X.new_empty(site.T, site.C)
-    site.call("readout", _readout_factor(kind, site.n), site.X(X), x.data_ptr())
+    factor = _readout_factor(kind, site.n)
+    site.call("readout", factor, *site.pointers(("X",), (X,)), x.data_ptr())
     return x
 
 
@@ -258,7 +210,7 @@ def _expand(x: Tensor, n: int, factor: float) -> Tensor:
     T, C = x.shape
     X = x.new_empty(T, n, C)
     site = _Site(X)
-    site.call("expand", factor, site.S(x, T, C), X.data_ptr())
+    site.call("expand", factor, *site.pointers(("f",), (x,)), X.data_ptr())
     return X
 
 
@@ -266,139 +218,144 @@ def _expand(x: Tensor, n: int, factor: float) -> Tensor:
 
 _Pointer = int | None
 
+_BACKWARD = ("dH_pre", "dH_post", "dH_res", "H_pre", "dh", *Saved._fields, "partial")
+
+
+class _Libraries(NamedTuple):
+    """What is the same in every call for streams of a dtype and a variant."""
+
+    site: ctypes.CDLL
+    compute: torch.dtype
+    columns: int
+    forward: ctypes.c_void_p | None
+    backward: ctypes.c_void_p | None
+
 
 class _Site:
     """Sizes, dtypes and libraries of one call; makes pointers of tensors that fit, only of them."""
 
     def __init__(self, X: Tensor, variant: Variant | None = None) -> None:
-        self.T, self.n, self.C = X.shape
-        self.dtype, self.compute = X.dtype, compute_dtype(X.dtype)
-        self.library = _needed(_site(self.n, X.dtype))
-        if variant is not None:
-            chain = _needed(_chain(variant, self.n, self.compute))
-            self.columns = sum(variant.columns(self.n))
-            self.chain_forward = ctypes.cast(chain.chain_forward, ctypes.c_void_p)
-            self.chain_backward = ctypes.cast(chain.chain_backward, ctypes.c_void_p)
-
-    def S(self, t: Tensor, *shape: int) -> int:
-        """Pointer to a tensor of the stream dtype."""
-        return _pointer(t, self.dtype, shape)
-
-    def K(self, t: Tensor, *shape: int) -> int:
-        """Pointer to a tensor of the compute dtype."""
-        return _pointer(t, self.compute, shape)
-
-    def X(self, X: Tensor) -> int:
-        return self.S(X, self.T, self.n, self.C)
-
-    def before(self, H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor) -> tuple[int, ...]:
-        T, n = self.T, self.n
-        return self.K(H_res, T, n, n), self.K(H_post, T, n), self.X(X), self.S(f, T, self.C)
-
-    def parameters(self, phi: Tensor, alpha: Tensor, bias: Tensor) -> tuple[int, int, int]:
-        rows = self.n * self.C
+        self.T, self.n, self.C = T, n, C = X.shape
+        self.dtype = X.dtype
+        self.library, self.compute, self.columns, self.forward, self.backward = _libraries(
+            n, X.dtype, variant
+        )
+        streams, branch, row, matrix = (T, n, C), (T, C), (T, n), (T, n, n)
         columns = self.columns
-        return self.K(phi, rows, columns), self.K(alpha, 3), self.K(bias, columns)
+        self.shapes: dict[str, tuple[int, ...]] = {
+            "X": streams, "partial": streams, "f": branch, "dh": branch,
+            "H_pre": row, "H_post": row, "H_res": matrix,
+            "dH_pre": row, "dH_post": row, "dH_res": matrix,
+            "phi": (n * C, columns), "alpha": (3,), "bias": (columns,),
+            "y": (T, columns), "inv_r": (T,),
+        }  # fmt: skip
 
-    def workspace(self, elements: int) -> Tensor:
-        return torch.empty(elements, dtype=self.compute)
+    def pointers(self, names: Sequence[str], tensors: Sequence[Tensor | None]) -> list[_Pointer]:
+        """To tensors of the shapes and dtypes of their names; None of None."""
+        found: list[_Pointer] = []
+        for name, t in zip(names, tensors, strict=True):
+            if t is None:
+                found.append(None)
+                continue
+            dtype = self.dtype if name in WITH_CHANNELS else self.compute
+            fits = t.dtype is dtype and t.shape == self.shapes[name] and t.is_contiguous()
+            if not fits or t.device.type != "cpu":
+                raise ValueError(
+                    f"the C++ kernels need a contiguous CPU tensor {list(self.shapes[name])} of "
+                    f"{dtype} here, got {list(t.shape)} of {t.dtype}, strides {t.stride()}, on "
+                    f"{t.device}"
+                )
+            found.append(t.data_ptr())
+        return found
 
     def call(self, name: str, *arguments: object) -> None:
         getattr(self.library, name)(torch.get_num_threads(), self.T, self.C, *arguments)
 
 
+def _like(tensors: Sequence[Tensor]) -> Gradients:
+    return tuple(map(torch.empty_like, tensors))  # type: ignore[return-value]
+
+
 def _forward(
-    site: _Site,
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    eps: float,
-    *,
-    h: Tensor | None = None,
-    before: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The coefficients from X, with h = H_pre X into `h`; X is made first from what was before."""
-    T, n, columns = site.T, site.n, site.columns
-    shapes = ((T, n), (T, n), (T, n, n), (T, columns), (T,))
-    H_pre, H_post, H_res, y, inv_r = (torch.empty(shape, dtype=site.compute) for shape in shapes)
-    results = H_pre, H_post, H_res, y, inv_r
-    workspace = site.workspace(site.library.forward_workspace(site.C, columns))
+    site: _Site, mapping: Mapping, eps: float, h: Tensor | None = None, closed: Closed | None = None
+) -> Coefficients:
+    """The coefficients from X, with h = H_pre X into `h`; X is made first of what was closed."""
+    T, n, columns, K = site.T, site.n, site.columns, site.compute
+    X, *parameters = site.pointers(Mapping._fields, mapping)
+    before = (None,) * 4 if closed is None else site.pointers(Closed._fields, closed)
+    results = (
+        torch.empty((T, n), dtype=K),
+        torch.empty((T, n), dtype=K),
+        torch.empty((T, n, n), dtype=K),
+        torch.empty((T, columns), dtype=K),
+        torch.empty((T,), dtype=K),
+    )
+    workspace = torch.empty(site.library.forward_workspace(site.C, columns), dtype=K)
     site.call(
         "site_forward",
         columns,
-        site.chain_forward,
+        site.forward,
         eps,
-        *site.parameters(phi, alpha, bias),
+        *parameters,
         workspace.data_ptr(),
-        *(site.before(*before) if before else (None,) * 4),
-        site.X(X),
+        *before,
+        X,
         None if h is None else h.data_ptr(),
-        *(t.data_ptr() for t in results),
+        *map(Tensor.data_ptr, results),
     )
     return results
 
 
 def _backward(
     site: _Site,
-    of_pre: tuple[_Pointer, _Pointer, _Pointer],
-    dH_post: Tensor,
-    dH_res: Tensor,
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
+    grads: Sequence[Tensor | None],
+    saved: Saved,
     partial: Tensor | None,
     dX: Tensor,
-    before: tuple[_Pointer, ...] = (None,) * 4,
-    before_gradients: tuple[_Pointer, ...] = (None,) * 3,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dφ, dα, db; writes dX, which with `before` is the gradient of the X in there.
+    closed: Closed | None = None,
+    behind: tuple[_Pointer, ...] = (None,) * 3,
+) -> Triple:
+    """dφ, dα, db; writes dX, which with `closed` is the gradient of the X in there.
 
     Args:
-        of_pre: dH_pre, or H_pre and dh to get it from.
-        before: what the post_res of a seam read.
-        before_gradients: of H_res, H_post and f in there.
+        grads: dH_pre, dH_post, dH_res, H_pre, dh, the first or the last two None: dH_pre, or what
+            to get it from.
+        closed: what the post_res of a seam read.
+        behind: where the gradients of H_res, H_post and f in there go.
     """
-    T, n, columns = site.T, site.n, site.columns
-    dH_pre, H_pre, dh = of_pre
-    results = torch.empty_like(phi), torch.empty_like(alpha), torch.empty_like(bias)
+    inputs = site.pointers(_BACKWARD, (*grads, *saved, partial))
+    before = (None,) * 4 if closed is None else site.pointers(Closed._fields, closed)
+    results = tuple(map(torch.empty_like, saved[1:4]))
     size = site.library.backward_workspace(
-        torch.get_num_threads(), T, site.C, columns, before[0] is not None
+        torch.get_num_threads(), site.T, site.C, site.columns, closed is not None
     )
-    workspace = site.workspace(size)
+    workspace = torch.empty(size, dtype=site.compute)
     site.call(
         "site_backward",
-        columns,
-        site.chain_backward,
-        dH_pre,
-        site.K(dH_post, T, n),
-        site.K(dH_res, T, n, n),
-        H_pre,
-        dh,
-        site.X(X),
-        *site.parameters(phi, alpha, bias),
-        site.K(y, T, columns),
-        site.K(inv_r, T),
-        None if partial is None else site.X(partial),
+        site.columns,
+        site.backward,
+        *inputs,
         workspace.data_ptr(),
         *before,
         dX.data_ptr(),
-        *(t.data_ptr() for t in results),
-        *before_gradients,
+        *map(Tensor.data_ptr, results),
+        *behind,
     )
-    return results
+    return results  # type: ignore[return-value]
 
 
-def _pointer(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    if t.dtype != dtype or t.shape != shape or not t.is_contiguous() or t.device.type != "cpu":
-        raise ValueError(
-            f"the C++ kernels need a contiguous CPU tensor {list(shape)} of {dtype} here, got "
-            f"{list(t.shape)} of {t.dtype}, strides {t.stride()}, on {t.device}"
-        )
-    return t.data_ptr()
+@functools.cache
+def _libraries(n: int, dtype: torch.dtype, variant: Variant | None) -> _Libraries:
+    compute = compute_dtype(dtype)
+    site = _needed(_site(n, dtype))
+    if variant is None:
+        return _Libraries(site, compute, 0, None, None)
+    chain = _needed(_chain(variant, n, compute))
+    forward, backward = (
+        ctypes.cast(function, ctypes.c_void_p)
+        for function in (chain.chain_forward, chain.chain_backward)
+    )
+    return _Libraries(site, compute, sum(variant.columns(n)), forward, backward)
 
 
 def _needed(library: ctypes.CDLL | None) -> ctypes.CDLL:

@@ -18,16 +18,29 @@ a token's sums do not depend on how many tokens there are.
 import torch
 from torch import Tensor
 
-from ..eager import Coefficients, Gradients
+from ..operands import (
+    Closed,
+    Coefficients,
+    Gradients,
+    Mapping,
+    Opened,
+    Parameters,
+    Saved,
+    Seven,
+    Six,
+    Triple,
+)
 from ..variants import Variant
 from . import codegen, projection, sums
 from .launch import launch, token_blocks
+from .limits import MOST_COLUMNS, MOST_STREAMS
 from .post_res import post_res, post_res_backward
 from .pre import dots, pre, pre_backward
 from .readout import expand, expand_backward, readout, readout_backward
 from .seam import post_res_project, seam_gradients
 
 __all__ = [
+    "LANGUAGE",
     "coefficients",
     "coefficients_backward",
     "coefficients_pre",
@@ -42,128 +55,84 @@ __all__ = [
     "readout_backward",
     "seam",
     "seam_backward",
+    "source",
     "supports",
 ]
 
-MOST_STREAMS = 10
-"""No variant has more than n² + 2n columns, `projection.MOST_COLUMNS` at most."""
+LANGUAGE = "Triton"
 
 
-def supports(dtype: torch.dtype, n: int) -> bool:
-    """Whether the functions here take such streams: all of them do, or none, because results of
-    different implementations are not bit-equal."""
-    return dtype in projection.DTYPES and n <= MOST_STREAMS
+def supports(dtype: torch.dtype, n: int, variant: Variant | None = None) -> bool:
+    """Whether the functions here take such streams, and coefficients of such a variant."""
+    if dtype not in projection.DTYPES or n > MOST_STREAMS:
+        return False
+    return variant is None or sum(variant.columns(n)) <= MOST_COLUMNS
 
 
-def coefficients(
-    X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, variant: Variant, eps: float
-) -> Coefficients:
+def source(variant: Variant, n: int, dtype: torch.dtype) -> str | None:
+    """The text of the chain, which is float32 for streams of any dtype."""
+    return codegen.source(variant, n)
+
+
+def coefficients(mapping: Mapping, *, variant: Variant, eps: float) -> Coefficients:
     """H_pre [T, n], H_post [T, n], H_res [T, n, n], y = x⃗ φ [T, columns] and 1 / r [T]."""
+    X, phi, alpha, bias = mapping
     return _chain_forward(X, *projection.project(X, phi), alpha, bias, variant, eps)
 
 
-def coefficients_backward(
-    dH_pre: Tensor,
-    dH_post: Tensor,
-    dH_res: Tensor,
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-    *,
-    variant: Variant,
-    eps: float,
-) -> Gradients:
+def coefficients_backward(dH: Triple, saved: Saved, *, variant: Variant, eps: float) -> Gradients:
     """dX, dφ, dα, db of `coefficients`."""
-    dy, norm_grad, chain_sums = _chain_backward(
-        dH_pre, dH_post, dH_res, X, alpha, bias, y, inv_r, variant
-    )
-    dX, dphi_parts = projection.gradients(X, phi, dy, norm_grad)
-    return dX, *_parameters(dphi_parts, chain_sums, X, variant)
+    dy, norm_grad, chain_sums = _chain_backward(*dH, *_chain_of(saved), variant)
+    dX, dphi_parts = projection.gradients(saved.X, saved.phi, dy, norm_grad)
+    return dX, *_parameters(dphi_parts, chain_sums, saved.X, variant)
 
 
-def coefficients_pre(
-    X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, variant: Variant, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def coefficients_pre(mapping: Mapping, *, variant: Variant, eps: float) -> Six:
     """h = H_pre X, H_pre, H_post, H_res, y, 1 / r."""
-    found = coefficients(X, phi, alpha, bias, variant=variant, eps=eps)
-    return (pre(found[0], X), *found)
+    found = coefficients(mapping, variant=variant, eps=eps)
+    return (pre(found[0], mapping.X), *found)
 
 
 def coefficients_pre_backward(
-    dh: Tensor,
-    dH_post: Tensor,
-    dH_res: Tensor,
-    H_pre: Tensor,
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-    partial: Tensor | None,
-    *,
-    variant: Variant,
-    eps: float,
+    opened: Opened, saved: Saved, partial: Tensor | None, *, variant: Variant, eps: float
 ) -> Gradients:
     """dX, dφ, dα, db of `coefficients_pre`; `partial`, if given, is added to dX."""
+    dh, dH_post, dH_res, H_pre = opened
     dy, norm_grad, chain_sums = _chain_backward(
-        dots(dh, X), dH_post, dH_res, X, alpha, bias, y, inv_r, variant
+        dots(dh, saved.X), dH_post, dH_res, *_chain_of(saved), variant
     )
     dX, dphi_parts = projection.gradients(
-        X, phi, dy, norm_grad, dh=dh, H_pre=H_pre, partial=partial
+        saved.X, saved.phi, dy, norm_grad, dh=dh, H_pre=H_pre, partial=partial
     )
-    return dX, *_parameters(dphi_parts, chain_sums, X, variant)
+    return dX, *_parameters(dphi_parts, chain_sums, saved.X, variant)
 
 
-def seam(
-    H_res: Tensor,
-    H_post: Tensor,
-    X: Tensor,
-    f: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    variant: Variant,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def seam(closed: Closed, parameters: Parameters, *, variant: Variant, eps: float) -> Seven:
     """X' = H_res X + H_postᵀ f, and from X' of the next site h, H_pre, H_post, H_res, y, 1 / r."""
-    X2, y_parts, square_parts = post_res_project(H_res, H_post, X, f, phi)
+    phi, alpha, bias = parameters
+    X2, y_parts, square_parts = post_res_project(*closed, phi)
     found = _chain_forward(X2, y_parts, square_parts, alpha, bias, variant, eps)
     return (X2, pre(found[0], X2), *found)
 
 
 def seam_backward(
-    dh: Tensor,
-    dH_post_next: Tensor,
-    dH_res_next: Tensor,
-    H_pre_next: Tensor,
-    X2: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
+    opened: Opened,
+    saved: Saved,
     partial: Tensor | None,
-    H_res: Tensor,
-    H_post: Tensor,
-    X: Tensor,
-    f: Tensor,
+    closed: Closed,
     *,
     variant: Variant,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Seven:
     """dφ, dα, db, dH_res, dH_post, dX, df of `seam`; `partial` is a further gradient of X'."""
+    dh, dH_post, dH_res, H_pre = opened
     dy, norm_grad, chain_sums = _chain_backward(
-        dots(dh, X2), dH_post_next, dH_res_next, X2, alpha, bias, y, inv_r, variant
+        dots(dh, saved.X), dH_post, dH_res, *_chain_of(saved), variant
     )
-    dH_res, dH_post, dX, df, dphi_parts = seam_gradients(
-        dh, H_pre_next, X2, phi, dy, norm_grad, partial, H_res, H_post, X, f
+    *of_closed, dphi_parts = seam_gradients(
+        dh, H_pre, saved.X, saved.phi, dy, norm_grad, partial, closed
     )
-    return *_parameters(dphi_parts, chain_sums, X2, variant), dH_res, dH_post, dX, df
+    return *_parameters(dphi_parts, chain_sums, saved.X, variant), *of_closed  # type: ignore
 
 
 # --- the generated chain --------------------------------------------------------------------------
@@ -201,7 +170,7 @@ def _chain_backward(
     y: Tensor,
     inv_r: Tensor,
     variant: Variant,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Triple:
     """dy [T, columns], norm_grad [T], and sums for dα and db, [programs, 2, columns]."""
     T, n, C = X.shape
     BT = codegen.tokens_per_program(n)
@@ -216,8 +185,11 @@ def _chain_backward(
     return dy, norm_grad, chain_sums
 
 
-def _parameters(
-    dphi_parts: Tensor, chain_sums: Tensor, X: Tensor, variant: Variant
-) -> tuple[Tensor, Tensor, Tensor]:
+def _chain_of(saved: Saved) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the backward of the chain reads of it: all but φ."""
+    return saved.X, saved.alpha, saved.bias, saved.y, saved.inv_r
+
+
+def _parameters(dphi_parts: Tensor, chain_sums: Tensor, X: Tensor, variant: Variant) -> Triple:
     """dφ, dα, db from their parts."""
     return sums.parameters(dphi_parts, chain_sums, variant.columns(X.shape[1]))

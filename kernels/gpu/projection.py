@@ -26,9 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import lanes, launch, token_blocks
-
-MOST_COLUMNS = 128
-"""Columns of φ that fit one program: those of up to 10 streams, n² + 2n."""
+from .limits import MOST_COLUMNS
 
 _TOKENS = 64
 """Tokens of a block. φ is read once per block, from L2: 64 make that as much as X, 16 four times

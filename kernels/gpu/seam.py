@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operands import Closed
 from . import sums
 from .launch import lanes, launch, token_blocks
+from .limits import MOST_FUSED_STREAMS
 from .post_res import mix, post_res, post_res_backward
 from .projection import (
     add_dphi,
@@ -39,9 +41,6 @@ from .projection import (
 )
 from .tiles import combine, load_numbers, load_streams
 
-MOST_STREAMS = 4
-"""More streams do not fit the registers: their seams are made of the kernels of both sites."""
-
 
 def post_res_project(
     H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor, phi: Tensor
@@ -53,7 +52,7 @@ def post_res_project(
         phi: of the next site, `[nC, columns]`, contiguous, float32.
     """
     T, n, C = X.shape
-    if n > MOST_STREAMS:
+    if n > MOST_FUSED_STREAMS:
         X2 = post_res(H_res, H_post, X, f)
         return X2, *project(X2, phi)
     columns = phi.shape[1]
@@ -115,20 +114,18 @@ def seam_gradients(
     dy: Tensor,
     norm_grad: Tensor,
     partial: Tensor | None,
-    H_res: Tensor,
-    H_post: Tensor,
-    X: Tensor,
-    f: Tensor,
+    closed: Closed,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dH_res, dH_post, dX, df, and parts of dφ `[slots, nC, columns]`, to be added in order.
 
     Args:
         dh, H_pre, X2, phi, dy, norm_grad, partial: of the site that was opened, as `gradients`
             takes them.
-        H_res, H_post, X, f: of the site that was closed, as `post_res` took them.
+        closed: of the site that was closed, as `post_res` took it.
     """
+    H_res, H_post, X, f = closed
     T, n, C = X.shape
-    if n > MOST_STREAMS:
+    if n > MOST_FUSED_STREAMS:
         dX2, dphi_parts = gradients(
             X2, phi, dy, norm_grad, dh=dh, H_pre=H_pre, partial=partial, dtype=torch.float32
         )

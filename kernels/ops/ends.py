@@ -14,26 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from .. import eager
 from ..dtypes import compute_dtype
-from .site import Call, empty_like, refuse_double_backward, weights, without_autocast
+from ..operands import Gradients, Saved
+from .register import Call, described, operator
 
 KINDS = ("mean", "sum")
 
 # --- one stream to n ------------------------------------------------------------------------------
-
-
-@custom_op("mhc::expand", mutates_args=())
-def expand(x: Tensor, n: int) -> Tensor:
-    """n equal streams, `[..., C]` -> `[..., n, C]`, same dtype."""
-    return _copied(x, n, "sum", x.dtype)
-
-
-@expand.register_fake
-def _(x: Tensor, n: int) -> Tensor:
-    return _fake_streams(x, n, x.dtype)
 
 
 def _keep_width(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
@@ -44,13 +33,53 @@ def _expand_formula(ctx: Any, dX: Tensor) -> tuple[Tensor, None]:
     return torch.ops.mhc.readout.default(dX, "sum", ctx.dtype), None
 
 
-expand.register_autograd(_expand_formula, setup_context=_keep_width)
+def _fake_expand(x: Tensor, n: int) -> Tensor:
+    return _fake_streams(x, n, "sum", x.dtype)
+
+
+@operator(fake=_fake_expand, keep=_keep_width, formula=_expand_formula)
+def expand(x: Tensor, n: int) -> Tensor:
+    """n equal streams, `[..., C]` -> `[..., n, C]`, same dtype."""
+    return _copied(x, n, "sum", x.dtype)
 
 
 # --- n streams to one by their mean or sum --------------------------------------------------------
 
 
-@custom_op("mhc::readout", mutates_args=())
+def _fake_streams(x: Tensor, n: int, kind: str, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n, x.shape[-1], dtype=dtype)
+
+
+def _keep_single(ctx: Any, inputs: tuple[Tensor, int, str, torch.dtype], output: Tensor) -> None:
+    dx, _, ctx.kind, _ = inputs
+    ctx.dtype = dx.dtype
+
+
+def _streams_formula(ctx: Any, dX: Tensor) -> tuple[Tensor, None, None, None]:
+    return torch.ops.mhc.readout.default(dX, ctx.kind, ctx.dtype), None, None, None
+
+
+@operator(fake=_fake_streams, keep=_keep_single, formula=_streams_formula)
+def readout_backward(dx: Tensor, n: int, kind: str, dtype: torch.dtype) -> Tensor:
+    """dX `[..., n, C]` in `dtype` from dx `[..., C]`."""
+    return _copied(dx, n, kind, dtype)
+
+
+def _fake_readout(X: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    _check_kind(kind)
+    return X.new_empty(*X.shape[:-2], X.shape[-1], dtype=dtype)
+
+
+def _keep_streams(ctx: Any, inputs: tuple[Tensor, str, torch.dtype], output: Tensor) -> None:
+    X, ctx.kind, _ = inputs
+    ctx.n, ctx.dtype = X.shape[-2], X.dtype
+
+
+def _readout_formula(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+    return readout_backward(dx, ctx.n, ctx.kind, ctx.dtype), None, None
+
+
+@operator(fake=_fake_readout, keep=_keep_streams, formula=_readout_formula)
 def readout(X: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """The `mean` or `sum` of the streams `[..., n, C]`, `[..., C]` in `dtype`.
 
@@ -59,51 +88,63 @@ def readout(X: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """
     _check_kind(kind)
     call = Call(X, _exact(X), dtype)
-    return call.shaped(call.kernels.readout(call.streams(X), kind), dtype)
-
-
-@readout.register_fake
-def _(X: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    _check_kind(kind)
-    return X.new_empty(*X.shape[:-2], X.shape[-1], dtype=dtype)
-
-
-@custom_op("mhc::readout_backward", mutates_args=())
-def readout_backward(dx: Tensor, n: int, kind: str, dtype: torch.dtype) -> Tensor:
-    """dX `[..., n, C]` in `dtype` from dx `[..., C]`."""
-    return _copied(dx, n, kind, dtype)
-
-
-@readout_backward.register_fake
-def _(dx: Tensor, n: int, kind: str, dtype: torch.dtype) -> Tensor:
-    return _fake_streams(dx, n, dtype)
-
-
-def _keep_streams(ctx: Any, inputs: tuple[Tensor, str, torch.dtype], output: Tensor) -> None:
-    X, ctx.kind, _ = inputs
-    ctx.n, ctx.dtype = X.shape[-2], X.dtype
-
-
-def _keep_single(ctx: Any, inputs: tuple[Tensor, int, str, torch.dtype], output: Tensor) -> None:
-    dx, _, ctx.kind, _ = inputs
-    ctx.dtype = dx.dtype
-
-
-readout.register_autograd(
-    lambda ctx, dx: (readout_backward(dx, ctx.n, ctx.kind, ctx.dtype), None, None),
-    setup_context=_keep_streams,
-)
-readout_backward.register_autograd(
-    lambda ctx, dX: (readout(dX, ctx.kind, ctx.dtype), None, None, None),
-    setup_context=_keep_single,
-)
+    (streams,) = call.flat(("X",), X)
+    (x,) = call.shaped(call.kernels.readout(streams, kind))
+    return x.to(dtype)
 
 
 # --- n streams to one with learned weights --------------------------------------------------------
 
 
-@custom_op("mhc::head", mutates_args=())
-@without_autocast
+@operator(like="X phi alpha bias")
+def head_backward(
+    dx: Tensor,
+    dweights: Tensor,
+    X: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    found: Tensor,
+    y: Tensor,
+    inv_r: Tensor,
+) -> Gradients:
+    """dX, dφ, dα, db of `mhc::head`.
+
+    Args:
+        dweights: gradient of the weights from whatever else reads them.
+        found: the weights that forward has returned.
+    """
+    call = Call(X, phi, dx.dtype)
+    dx, dweights, found = call.flat(("dh", "dH_pre", "H_pre"), dx, dweights, found)
+    saved = Saved(*call.flat(Saved._fields, X, phi, alpha, bias, y, inv_r))
+    return eager.head_backward(dx, dweights, saved, found)
+
+
+def _fake_head(
+    X: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    eps: float,
+    offset: float,
+    dtype: torch.dtype,
+) -> Gradients:
+    _check_head(X, phi, alpha, bias)
+    leading, n = X.shape[:-2], int(X.shape[-2])
+    x = X.new_empty(*leading, X.shape[-1], dtype=dtype)
+    return x, phi.new_empty(*leading, n), phi.new_empty(*leading, n), phi.new_empty(leading)
+
+
+def _keep_head(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(*inputs[:4], *output[1:])
+
+
+def _head_formula(ctx: Any, dx: Tensor, dweights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return (*head_backward(dx, dweights, *ctx.saved_tensors), None, None, None)
+
+
+@operator(fake=_fake_head, keep=_keep_head, formula=_head_formula)
 def head(
     X: Tensor,
     phi: Tensor,
@@ -130,83 +171,10 @@ def head(
     """
     _check_head(X, phi, alpha, bias)
     call = Call(X, phi, dtype)
-    found, y, inv_r = eager.head_weights(
-        call.streams(X), *weights(phi, alpha, bias), eps=eps, offset=offset
-    )
-    x = call.kernels.pre(found, call.streams(X))
-    return call.shaped(x, dtype), call.shaped(found), call.shaped(y), call.shaped(inv_r)
-
-
-@head.register_fake
-def _(
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    eps: float,
-    offset: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_head(X, phi, alpha, bias)
-    leading, n = X.shape[:-2], int(X.shape[-2])
-    x = X.new_empty(*leading, X.shape[-1], dtype=dtype)
-    return x, phi.new_empty(*leading, n), phi.new_empty(*leading, n), phi.new_empty(leading)
-
-
-@custom_op("mhc::head_backward", mutates_args=())
-@without_autocast
-def head_backward(
-    dx: Tensor,
-    dweights: Tensor,
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    found: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dX, dφ, dα, db of `mhc::head`.
-
-    Args:
-        dweights: gradient of the weights from whatever else reads them.
-        found: the weights that forward has returned.
-    """
-    call = Call(X, phi, dx.dtype)
-    dH, H, y, inv_r = call.flat(dweights, found, y, inv_r)
-    phi, alpha, bias = weights(phi, alpha, bias)
-    dX, dphi, dalpha, dbias = eager.head_backward(
-        call.branch(dx), dH, call.streams(X), phi, alpha, bias, H, y, inv_r
-    )
-    return call.shaped(dX, X.dtype), dphi, dalpha, dbias
-
-
-@head_backward.register_fake
-def _(
-    dx: Tensor,
-    dweights: Tensor,
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    found: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty_like(X), empty_like(phi), empty_like(alpha), empty_like(bias)
-
-
-def _keep_head(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*inputs[:4], *output[1:])
-
-
-def _head_formula(ctx: Any, dx: Tensor, dweights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return (*head_backward(dx, dweights, *ctx.saved_tensors), None, None, None)
-
-
-head.register_autograd(_head_formula, setup_context=_keep_head)
-head_backward.register_autograd(refuse_double_backward)
+    streams, *parameters = call.flat(("X", "phi", "alpha", "bias"), X, phi, alpha, bias)
+    found = eager.head_weights(streams, *parameters, eps=eps, offset=offset)
+    x, *kept = call.shaped(call.kernels.pre(found[0], streams), *found)
+    return x.to(dtype), *kept  # type: ignore[return-value]
 
 
 # --- what they have in common ---------------------------------------------------------------------
@@ -216,11 +184,9 @@ def _copied(x: Tensor, n: int, kind: str, dtype: torch.dtype) -> Tensor:
     """x, or an n-th of it for `mean`, in n streams of `dtype`."""
     _check_kind(kind)
     call = Call(x.unsqueeze(-2).expand(*x.shape[:-1], n, x.shape[-1]), _exact(x), dtype)
-    return call.shaped(call.kernels.readout_backward(call.branch(x), n, kind), dtype)
-
-
-def _fake_streams(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(*x.shape[:-1], n, x.shape[-1], dtype=dtype)
+    (flat,) = call.flat(("f",), x)
+    (X,) = call.shaped(call.kernels.readout_backward(flat, n, kind))
+    return X.to(dtype)
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -238,8 +204,7 @@ def _check_head(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> None:
     fits = n and phi.shape == (n * width, n) and alpha.shape == (1,) and bias.shape == (n,)
     exact = torch.float64 if X.dtype is torch.float64 else phi.dtype
     if not fits or {phi.dtype, alpha.dtype, bias.dtype} != {exact}:
-        given = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (X, phi, alpha, bias))
         raise ValueError(
             "mhc::head takes X [..., n, C], phi [nC, n], alpha [1] and bias [n], the last three in "
-            f"float32 (float64 for float64 X); got {given.replace('torch.', '')}"
+            f"float32 (float64 for float64 X); got {described(X, phi, alpha, bias)}"
         )

@@ -16,51 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from ..variants import parse_variant
+from ..operands import Closed, Gradients, Mapping, Opened, Parameters, Saved, Seven, Six
 from . import site as site_ops
-from .site import Call, empty_like, refuse_double_backward, weights, without_autocast
+from .register import Call, empty_like, operator
 
-# --- coefficients and pre -------------------------------------------------------------------------
-
-
-@custom_op("mhc::coefficients_pre", mutates_args=())
-@without_autocast
-def coefficients_pre(
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    variant: str,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h in `dtype`, and what `mhc::coefficients` returns; arguments and errors as there."""
-    description = site_ops.check_mapping(X, phi, alpha, bias, variant)
-    call = Call(X, phi, dtype, variant=description)
-    h, *found = call.kernels.coefficients_pre(
-        call.streams(X), *weights(phi, alpha, bias), variant=description, eps=eps
-    )
-    return call.shaped(h, dtype), *(call.shaped(t) for t in found)  # type: ignore[return-value]
+# --- backwards ------------------------------------------------------------------------------------
 
 
-@coefficients_pre.register_fake
-def _(
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    variant: str,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = site_ops.fake_coefficients(X, phi, alpha, bias, variant, eps)
-    return X.new_empty(*X.shape[:-2], X.shape[-1], dtype=dtype), *found
-
-
-@custom_op("mhc::coefficients_pre_backward", mutates_args=())
-@without_autocast
+@operator(like="X phi alpha bias")
 def coefficients_pre_backward(
     dh: Tensor,
     dH_post: Tensor,
@@ -75,109 +39,24 @@ def coefficients_pre_backward(
     partial: Tensor | None,
     variant: str,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """dX, dφ, dα, db where H_pre is read by `pre` alone.
 
     Args:
         partial: the gradient of X from its other readers, `[..., n, C]`, added to dX before its
             one rounding; None if there are none.
     """
-    description = parse_variant(variant)
-    call = Call(X, phi, dh.dtype, variant=description)
-    dX, dphi, dalpha, dbias = call.kernels.coefficients_pre_backward(
-        call.branch(dh),
-        *call.flat(dH_post, dH_res, H_pre),
-        call.streams(X),
-        *weights(phi, alpha, bias),
-        *call.flat(y, inv_r),
-        None if partial is None else call.streams(partial),
-        variant=description,
-        eps=eps,
+    call = Call(X, phi, dh.dtype, variant=variant)
+    opened = Opened(*call.flat(Opened._fields, dh, dH_post, dH_res, H_pre))
+    saved = Saved(*call.flat(Saved._fields, X, phi, alpha, bias, y, inv_r))
+    if partial is not None:
+        (partial,) = call.flat(("partial",), partial)
+    return call.kernels.coefficients_pre_backward(
+        opened, saved, partial, variant=call.variant, eps=eps
     )
-    return call.shaped(dX, X.dtype), dphi, dalpha, dbias
 
 
-@coefficients_pre_backward.register_fake
-def _(
-    dh: Tensor,
-    dH_post: Tensor,
-    dH_res: Tensor,
-    H_pre: Tensor,
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-    partial: Tensor | None,
-    variant: str,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty_like(X), empty_like(phi), empty_like(alpha), empty_like(bias)
-
-
-# --- seam -----------------------------------------------------------------------------------------
-
-
-@custom_op("mhc::seam", mutates_args=())
-@without_autocast
-def seam(
-    H_res: Tensor,
-    H_post: Tensor,
-    X: Tensor,
-    f: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    variant: str,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """X' of a site in X's dtype, then h in `dtype` and the coefficients of the next from X'.
-
-    Args:
-        H_res, H_post, X, f: of the site that is closed, as `mhc::post_res` takes them.
-        phi, alpha, bias, variant, eps, dtype: of the site that is opened.
-    """
-    description = site_ops.check_mapping(X, phi, alpha, bias, variant)
-    call = Call(X, H_res, f.dtype, dtype, variant=description)
-    if not call.keeps_streams:  # X' must be rounded to its dtype before it is read again
-        X2 = site_ops.post_res(H_res, H_post, X, f)
-        return X2, *coefficients_pre(X2, phi, alpha, bias, variant, eps, dtype)
-    site_ops.check_coefficients("mhc::seam", X, H_post, H_res, f)
-    X2, h, *found = call.kernels.seam(
-        *call.flat(H_res, H_post),
-        call.streams(X),
-        call.branch(f),
-        *weights(phi, alpha, bias),
-        variant=description,
-        eps=eps,
-    )
-    found = [call.shaped(t) for t in found]
-    return call.shaped(X2), call.shaped(h, dtype), *found
-
-
-@seam.register_fake
-def _(
-    H_res: Tensor,
-    H_post: Tensor,
-    X: Tensor,
-    f: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    variant: str,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    site_ops.check_coefficients("mhc::seam", X, H_post, H_res, f)
-    h = X.new_empty(*X.shape[:-2], X.shape[-1], dtype=dtype)
-    found = site_ops.fake_coefficients(X, phi, alpha, bias, variant, eps)
-    return empty_like(X), h, *found
-
-
-@custom_op("mhc::seam_backward", mutates_args=())
-@without_autocast
+@operator(like="phi alpha bias H_res H_post X f")
 def seam_backward(
     dh: Tensor,
     dH_post_next: Tensor,
@@ -196,82 +75,18 @@ def seam_backward(
     f: Tensor,
     variant: str,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Seven:
     """dφ, dα, db of the site that was opened; dH_res, dH_post, dX, df of the one that was closed.
 
     `coefficients_pre_backward` on X', whose result goes to `post_res_backward` and nowhere else.
     """
-    description = parse_variant(variant)
-    call = Call(X2, phi, dh.dtype, f.dtype, X.dtype, variant=description)
-    dphi, dalpha, dbias, dH_res, dH_post, dX, df = call.kernels.seam_backward(
-        call.branch(dh),
-        *call.flat(dH_post_next, dH_res_next, H_pre_next),
-        call.streams(X2),
-        *weights(phi, alpha, bias),
-        *call.flat(y, inv_r),
-        None if partial is None else call.streams(partial),
-        *call.flat(H_res, H_post),
-        call.streams(X),
-        call.branch(f),
-        variant=description,
-        eps=eps,
-    )
-    dH_res, dH_post = call.shaped(dH_res), call.shaped(dH_post)
-    return dphi, dalpha, dbias, dH_res, dH_post, call.shaped(dX, X.dtype), call.shaped(df, f.dtype)
-
-
-@seam_backward.register_fake
-def _(
-    dh: Tensor,
-    dH_post_next: Tensor,
-    dH_res_next: Tensor,
-    H_pre_next: Tensor,
-    X2: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-    partial: Tensor | None,
-    H_res: Tensor,
-    H_post: Tensor,
-    X: Tensor,
-    f: Tensor,
-    variant: str,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like = (phi, alpha, bias, H_res, H_post, X, f)
-    return tuple(empty_like(t) for t in like)  # type: ignore[return-value]
-
-
-# --- autograd -------------------------------------------------------------------------------------
-
-
-def _keep_opened(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    X, phi, alpha, bias, ctx.variant, ctx.eps, ctx.dtype = inputs
-    _keep(ctx, output[1:], X, phi, alpha, bias)
-
-
-def _keep_seam(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *closed, phi, alpha, bias, ctx.variant, ctx.eps, ctx.dtype = inputs
-    _keep(ctx, output[2:], output[0], phi, alpha, bias, *closed)
-
-
-def _keep(ctx: Any, found: tuple[Tensor, ...], *used: Tensor) -> None:
-    H_pre, _, _, y, inv_r = found
-    ctx.mark_non_differentiable(y, inv_r)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(H_pre, y, inv_r, *used)
-
-
-def _opened_formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*_opened_backward(ctx, None, *grads[:4]), None, None, None)
-
-
-def _seam_formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    dX2, dphi, dalpha, dbias = _opened_backward(ctx, *grads[:5])
-    closed = site_ops.post_res_backward(dX2, *ctx.saved_tensors[7:])
-    return (*closed, dphi, dalpha, dbias, None, None, None)
+    call = Call(X2, phi, dh.dtype, f.dtype, X.dtype, variant=variant)
+    opened = Opened(*call.flat(Opened._fields, dh, dH_post_next, dH_res_next, H_pre_next))
+    saved = Saved(*call.flat(Saved._fields, X2, phi, alpha, bias, y, inv_r))
+    closed = Closed(*call.flat(Closed._fields, H_res, H_post, X, f))
+    if partial is not None:
+        (partial,) = call.flat(("partial",), partial)
+    return call.kernels.seam_backward(opened, saved, partial, closed, variant=call.variant, eps=eps)
 
 
 def _opened_backward(
@@ -302,7 +117,105 @@ def _opened_backward(
     return (dX if partial is None else dX + partial, *rest)
 
 
-coefficients_pre.register_autograd(_opened_formula, setup_context=_keep_opened)
-seam.register_autograd(_seam_formula, setup_context=_keep_seam)
-coefficients_pre_backward.register_autograd(refuse_double_backward)
-seam_backward.register_autograd(refuse_double_backward)
+def _keep(ctx: Any, found: tuple[Tensor, ...], *used: Tensor) -> None:
+    H_pre, _, _, y, inv_r = found
+    ctx.mark_non_differentiable(y, inv_r)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(H_pre, y, inv_r, *used)
+
+
+# --- coefficients and pre -------------------------------------------------------------------------
+
+
+def _fake_opened(
+    X: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    variant: str,
+    eps: float,
+    dtype: torch.dtype,
+) -> Six:
+    found = site_ops.fake_coefficients(X, phi, alpha, bias, variant, eps)
+    return (X.new_empty(*X.shape[:-2], X.shape[-1], dtype=dtype), *found)
+
+
+def _keep_opened(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    X, phi, alpha, bias, ctx.variant, ctx.eps, ctx.dtype = inputs
+    _keep(ctx, output[1:], X, phi, alpha, bias)
+
+
+def _opened_formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*_opened_backward(ctx, None, *grads[:4]), None, None, None)
+
+
+@operator(fake=_fake_opened, keep=_keep_opened, formula=_opened_formula)
+def coefficients_pre(
+    X: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    variant: str,
+    eps: float,
+    dtype: torch.dtype,
+) -> Six:
+    """h in `dtype`, and what `mhc::coefficients` returns; arguments and errors as there."""
+    site_ops.check_mapping(X, phi, alpha, bias, variant)
+    call = Call(X, phi, dtype, variant=variant)
+    mapping = Mapping(*call.flat(Mapping._fields, X, phi, alpha, bias))
+    h, *found = call.shaped(*call.kernels.coefficients_pre(mapping, variant=call.variant, eps=eps))
+    return h.to(dtype), *found  # type: ignore[return-value]
+
+
+# --- seam -----------------------------------------------------------------------------------------
+
+
+def _fake_seam(
+    H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor, *opening: Any
+) -> tuple[Tensor, ...]:
+    site_ops.check_coefficients("mhc::seam", X, H_post, H_res, f)
+    return (empty_like(X), *_fake_opened(X, *opening))
+
+
+def _keep_seam(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *closed, phi, alpha, bias, ctx.variant, ctx.eps, ctx.dtype = inputs
+    _keep(ctx, output[2:], output[0], phi, alpha, bias, *closed)
+
+
+def _seam_formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    dX2, dphi, dalpha, dbias = _opened_backward(ctx, *grads[:5])
+    closed = site_ops.post_res_backward(dX2, *ctx.saved_tensors[7:])
+    return (*closed, dphi, dalpha, dbias, None, None, None)
+
+
+@operator(fake=_fake_seam, keep=_keep_seam, formula=_seam_formula)
+def seam(
+    H_res: Tensor,
+    H_post: Tensor,
+    X: Tensor,
+    f: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    variant: str,
+    eps: float,
+    dtype: torch.dtype,
+) -> Seven:
+    """X' of a site in X's dtype, then h in `dtype` and the coefficients of the next from X'.
+
+    Args:
+        H_res, H_post, X, f: of the site that is closed, as `mhc::post_res` takes them.
+        phi, alpha, bias, variant, eps, dtype: of the site that is opened.
+    """
+    site_ops.check_mapping(X, phi, alpha, bias, variant)
+    call = Call(X, H_res, f.dtype, dtype, variant=variant)
+    if call.dtype is not X.dtype:  # X' must be rounded to its dtype before it is read again
+        X2 = site_ops.post_res(H_res, H_post, X, f)
+        return X2, *coefficients_pre(X2, phi, alpha, bias, variant, eps, dtype)
+    site_ops.check_coefficients("mhc::seam", X, H_post, H_res, f)
+    closed = Closed(*call.flat(Closed._fields, H_res, H_post, X, f))
+    parameters = Parameters(*call.flat(Parameters._fields, phi, alpha, bias))
+    X2, h, *found = call.shaped(
+        *call.kernels.seam(closed, parameters, variant=call.variant, eps=eps)
+    )
+    return X2, h.to(dtype), *found  # type: ignore[return-value]

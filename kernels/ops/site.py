@@ -16,123 +16,21 @@ an operator can keep only its inputs and outputs for backward, and are not diffe
 """
 
 import functools
-import math
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from ..backends import implementation
-from ..variants import Variant, parse_variant
+from ..operands import Closed, Coefficients, Gradients, Mapping, Pair, Saved
+from ..variants import parse_variant
+from .register import Call, described, empty_like, operator
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def without_autocast(function: F) -> F:
-    """Compute an operator in the dtypes of its operands, wherever it is called."""
-
-    @functools.wraps(function)
-    def exact(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *args, **kwargs)
-
-    return exact  # type: ignore[return-value]
-
-
-class Call:
-    """One call of an operator: its tokens flattened, its streams in one dtype.
-
-    Kernels take one dtype for X, f, h and their gradients. Where these differ (16-bit branches on
-    float32 streams, or the reverse) the call computes in the wider one, which changes no value
-    before the last rounding.
-    """
-
-    def __init__(
-        self,
-        X: Tensor,
-        coefficient: Tensor,
-        *dtypes: torch.dtype,
-        variant: Variant | None = None,
-    ) -> None:
-        self.leading, self.n, self.width = X.shape[:-2], X.shape[-2], X.shape[-1]
-        self.tokens = math.prod(self.leading)
-        self.dtype = X.dtype
-        for dtype in dtypes:
-            self.dtype = torch.promote_types(self.dtype, dtype)
-        if self.dtype is torch.float64 or coefficient.dtype is torch.float64:
-            self.dtype = coefficient.dtype
-        self.keeps_streams = self.dtype is X.dtype
-        self.kernels: ModuleType = implementation(X.device, self.dtype, self.n, variant)
-
-    def streams(self, X: Tensor) -> Tensor:
-        """`[..., n, C]` -> `[T, n, C]`."""
-        return X.reshape(self.tokens, self.n, self.width).to(self.dtype).contiguous()
-
-    def branch(self, f: Tensor) -> Tensor:
-        """`[..., C]` -> `[T, C]`."""
-        return f.reshape(self.tokens, self.width).to(self.dtype).contiguous()
-
-    def flat(self, *tensors: Tensor) -> list[Tensor]:
-        """Coefficients with their leading dimensions as one."""
-        count = len(self.leading)
-        return [t.reshape((self.tokens, *t.shape[count:])).contiguous() for t in tensors]
-
-    def shaped(self, flat: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """`[T, ...]` -> `[..., ...]`."""
-        return flat.reshape((*self.leading, *flat.shape[1:])).to(dtype or flat.dtype)
-
-
-def weights(*parameters: Tensor) -> list[Tensor]:
-    """φ, α, b as kernels take them."""
-    return [p.contiguous() for p in parameters]
-
+_DH = ("dH_pre", "dH_post", "dH_res")
 
 # --- coefficients ---------------------------------------------------------------------------------
 
 
-@custom_op("mhc::coefficients", mutates_args=())
-@without_autocast
-def coefficients(
-    X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, variant: str, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The coefficients of a site, arXiv:2512.24880 eq. 14-19.
-
-    Args:
-        X: streams in front of the site, `[..., n, C]`.
-        phi, alpha, bias: `[nC, columns]`, `[3]`, `[columns]`, columns pre | post | res.
-        variant: `Variant.text`.
-        eps: added to mean(x⃗²).
-
-    Returns:
-        H_pre, H_post, H_res, y, inv_r.
-
-    Raises:
-        ValueError: for shapes or dtypes that do not fit, or a variant that cannot have n streams.
-    """
-    description = check_mapping(X, phi, alpha, bias, variant)
-    call = Call(X, phi, variant=description)
-    found = call.kernels.coefficients(
-        call.streams(X), *weights(phi, alpha, bias), variant=description, eps=eps
-    )
-    return tuple(call.shaped(t) for t in found)  # type: ignore[return-value]
-
-
-@coefficients.register_fake
-def fake_coefficients(
-    X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, variant: str, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_mapping(X, phi, alpha, bias, variant)
-    leading, n = X.shape[:-2], int(X.shape[-2])
-    H_pre, H_post = phi.new_empty(*leading, n), phi.new_empty(*leading, n)
-    H_res = phi.new_empty(*leading, n, n)
-    return H_pre, H_post, H_res, phi.new_empty(*leading, phi.shape[1]), phi.new_empty(leading)
-
-
-@custom_op("mhc::coefficients_backward", mutates_args=())
-@without_autocast
+@operator(like="X phi alpha bias")
 def coefficients_backward(
     dH_pre: Tensor,
     dH_post: Tensor,
@@ -145,36 +43,23 @@ def coefficients_backward(
     inv_r: Tensor,
     variant: str,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """dX, dφ, dα, db of `mhc::coefficients`, by replaying the finite Sinkhorn iteration."""
-    description = parse_variant(variant)
-    call = Call(X, phi, variant=description)
-    dX, dphi, dalpha, dbias = call.kernels.coefficients_backward(
-        *call.flat(dH_pre, dH_post, dH_res),
-        call.streams(X),
-        *weights(phi, alpha, bias),
-        *call.flat(y, inv_r),
-        variant=description,
-        eps=eps,
-    )
-    return call.shaped(dX, X.dtype), dphi, dalpha, dbias
+    call = Call(X, phi, variant=variant)
+    dH_pre, dH_post, dH_res = call.flat(_DH, dH_pre, dH_post, dH_res)
+    saved = Saved(*call.flat(Saved._fields, X, phi, alpha, bias, y, inv_r))
+    dH = dH_pre, dH_post, dH_res
+    return call.kernels.coefficients_backward(dH, saved, variant=call.variant, eps=eps)
 
 
-@coefficients_backward.register_fake
-def _(
-    dH_pre: Tensor,
-    dH_post: Tensor,
-    dH_res: Tensor,
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-    variant: str,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty_like(X), empty_like(phi), empty_like(alpha), empty_like(bias)
+def fake_coefficients(
+    X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, variant: str, eps: float
+) -> Coefficients:
+    check_mapping(X, phi, alpha, bias, variant)
+    leading, n = X.shape[:-2], int(X.shape[-2])
+    H_pre, H_post = phi.new_empty(*leading, n), phi.new_empty(*leading, n)
+    H_res = phi.new_empty(*leading, n, n)
+    return H_pre, H_post, H_res, phi.new_empty(*leading, phi.shape[1]), phi.new_empty(leading)
 
 
 def _keep_mapping(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -189,39 +74,44 @@ def _coefficients_formula(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]
     return (*found, None, None)
 
 
-coefficients.register_autograd(_coefficients_formula, setup_context=_keep_mapping)
+@operator(fake=fake_coefficients, keep=_keep_mapping, formula=_coefficients_formula)
+def coefficients(
+    X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, variant: str, eps: float
+) -> Coefficients:
+    """The coefficients of a site, arXiv:2512.24880 eq. 14-19.
+
+    Args:
+        X: streams in front of the site, `[..., n, C]`.
+        phi, alpha, bias: `[nC, columns]`, `[3]`, `[columns]`, columns pre | post | res.
+        variant: `Variant.text`.
+        eps: added to mean(x⃗²).
+
+    Returns:
+        H_pre, H_post, H_res, y, inv_r.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit, or a variant that cannot have n streams.
+    """
+    check_mapping(X, phi, alpha, bias, variant)
+    call = Call(X, phi, variant=variant)
+    mapping = Mapping(*call.flat(Mapping._fields, X, phi, alpha, bias))
+    found = call.kernels.coefficients(mapping, variant=call.variant, eps=eps)
+    return tuple(call.shaped(*found))  # type: ignore[return-value]
 
 
 # --- pre ------------------------------------------------------------------------------------------
 
 
-@custom_op("mhc::pre", mutates_args=())
-@without_autocast
-def pre(H_pre: Tensor, X: Tensor, dtype: torch.dtype) -> Tensor:
-    """h = H_pre X, the branch's input, `[..., C]` in `dtype`; the sum accumulates in H_pre's."""
-    check_coefficients("mhc::pre", X, H_pre)
-    call = Call(X, H_pre, dtype)
-    return call.shaped(call.kernels.pre(*call.flat(H_pre), call.streams(X)), dtype)
-
-
-@pre.register_fake
-def _(H_pre: Tensor, X: Tensor, dtype: torch.dtype) -> Tensor:
-    check_coefficients("mhc::pre", X, H_pre)
-    return X.new_empty(*X.shape[:-2], X.shape[-1], dtype=dtype)
-
-
-@custom_op("mhc::pre_backward", mutates_args=())
-@without_autocast
-def pre_backward(dh: Tensor, H_pre: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+@operator(like="H_pre X")
+def pre_backward(dh: Tensor, H_pre: Tensor, X: Tensor) -> Pair:
     """dH_pre and dX of `mhc::pre`."""
     call = Call(X, H_pre, dh.dtype)
-    dH_pre, dX = call.kernels.pre_backward(call.branch(dh), *call.flat(H_pre), call.streams(X))
-    return call.shaped(dH_pre), call.shaped(dX, X.dtype)
+    return call.kernels.pre_backward(*call.flat(("dh", "H_pre", "X"), dh, H_pre, X))
 
 
-@pre_backward.register_fake
-def _(dh: Tensor, H_pre: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-    return empty_like(H_pre), empty_like(X)
+def _fake_pre(H_pre: Tensor, X: Tensor, dtype: torch.dtype) -> Tensor:
+    check_coefficients("mhc::pre", X, H_pre)
+    return X.new_empty(*X.shape[:-2], X.shape[-1], dtype=dtype)
 
 
 def _keep_pre(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype], output: Tensor) -> None:
@@ -232,89 +122,75 @@ def _pre_formula(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, None]:
     return (*pre_backward(dh, *ctx.saved_tensors), None)
 
 
-pre.register_autograd(_pre_formula, setup_context=_keep_pre)
+@operator(fake=_fake_pre, keep=_keep_pre, formula=_pre_formula)
+def pre(H_pre: Tensor, X: Tensor, dtype: torch.dtype) -> Tensor:
+    """h = H_pre X, the branch's input, `[..., C]` in `dtype`; the sum accumulates in H_pre's."""
+    check_coefficients("mhc::pre", X, H_pre)
+    call = Call(X, H_pre, dtype)
+    (h,) = call.shaped(call.kernels.pre(*call.flat(("H_pre", "X"), H_pre, X)))
+    return h.to(dtype)
 
 
 # --- post_res -------------------------------------------------------------------------------------
 
 
-@custom_op("mhc::post_res", mutates_args=())
-@without_autocast
-def post_res(H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor) -> Tensor:
-    """X' = H_res X + H_postᵀ f, `[..., n, C]` in X's dtype; f is `[..., C]` of any float dtype."""
-    check_coefficients("mhc::post_res", X, H_post, H_res, f)
-    call = Call(X, H_res, f.dtype)
-    found = call.kernels.post_res(*call.flat(H_res, H_post), call.streams(X), call.branch(f))
-    return call.shaped(found, X.dtype)
-
-
-@post_res.register_fake
-def _(H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor) -> Tensor:
-    check_coefficients("mhc::post_res", X, H_post, H_res, f)
-    return empty_like(X)
-
-
-@custom_op("mhc::post_res_backward", mutates_args=())
-@without_autocast
+@operator(like="H_res H_post X f")
 def post_res_backward(
     dX2: Tensor, H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """dH_res, dH_post, dX and df of `mhc::post_res`, from the gradient of X'."""
     call = Call(X, H_res, f.dtype)
-    dH_res, dH_post, dX, df = call.kernels.post_res_backward(
-        call.streams(dX2), *call.flat(H_res, H_post), call.streams(X), call.branch(f)
-    )
-    return (
-        call.shaped(dH_res),
-        call.shaped(dH_post),
-        call.shaped(dX, X.dtype),
-        call.shaped(df, f.dtype),
-    )
+    operands = call.flat(("X", *Closed._fields), dX2, H_res, H_post, X, f)
+    return call.kernels.post_res_backward(*operands)
 
 
-@post_res_backward.register_fake
-def _(
-    dX2: Tensor, H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty_like(H_res), empty_like(H_post), empty_like(X), empty_like(f)
+def _fake_post_res(H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor) -> Tensor:
+    check_coefficients("mhc::post_res", X, H_post, H_res, f)
+    return empty_like(X)
 
 
 def _keep_post_res(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _post_res_formula(ctx: Any, dX2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _post_res_formula(ctx: Any, dX2: Tensor) -> Gradients:
     return post_res_backward(dX2, *ctx.saved_tensors)
 
 
-post_res.register_autograd(_post_res_formula, setup_context=_keep_post_res)
+@operator(fake=_fake_post_res, keep=_keep_post_res, formula=_post_res_formula)
+def post_res(H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor) -> Tensor:
+    """X' = H_res X + H_postᵀ f, `[..., n, C]` in X's dtype; f is `[..., C]` of any float dtype."""
+    check_coefficients("mhc::post_res", X, H_post, H_res, f)
+    call = Call(X, H_res, f.dtype)
+    (X2,) = call.shaped(call.kernels.post_res(*call.flat(Closed._fields, H_res, H_post, X, f)))
+    return X2.to(X.dtype)
 
 
-# --- what the operators have in common ------------------------------------------------------------
+# --- what must fit --------------------------------------------------------------------------------
 
 
-def empty_like(tensor: Tensor) -> Tensor:
-    """Contiguous, whatever the strides of `tensor`."""
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def check_mapping(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, variant: str) -> Variant:
-    """The description of a variant whose parameters fit the streams; ValueError if not."""
+@functools.cache
+def _columns(variant: str, n: int) -> int:
+    """Columns of φ for n streams; ValueError if the variant cannot have them."""
     description = parse_variant(variant)
+    description.check(n)
+    return sum(description.columns(n))
+
+
+def check_mapping(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, variant: str) -> None:
+    """ValueError unless the parameters of a variant fit the streams."""
+    parse_variant(variant)
     # A number of streams is never symbolic: it decides the shapes of everything else.
     n, width = (int(X.shape[-2]), X.shape[-1]) if X.dim() >= 2 else (0, 0)
-    if n:
-        description.check(n)
-    columns = sum(description.columns(n)) if n else 0
-    exact = torch.float64 if X.dtype is torch.float64 else phi.dtype
+    columns = _columns(variant, n) if n else 0
     fits = n and phi.shape == (n * width, columns) and alpha.shape == (3,)
-    if not fits or bias.shape != (columns,) or {phi.dtype, alpha.dtype, bias.dtype} != {exact}:
+    fits = fits and bias.shape == (columns,) and phi.dtype == alpha.dtype == bias.dtype
+    if not fits or (X.dtype is torch.float64 and phi.dtype is not torch.float64):
         raise ValueError(
             f"mhc::coefficients with variant {variant!r} takes X [..., n, C], phi [nC, {columns}], "
             f"alpha [3] and bias [{columns}], the last three in float32 (float64 for float64 X); "
-            f"got {_described(X, phi, alpha, bias)}"
+            f"got {described(X, phi, alpha, bias)}"
         )
-    return description
 
 
 def check_coefficients(
@@ -328,21 +204,5 @@ def check_coefficients(
         given = [t for t in (H_res, row, X, f) if t is not None]
         raise ValueError(
             f"{name} takes streams X [..., n, C] with H_res [..., n, n], H_pre or H_post [..., n] "
-            f"and f [..., C] of the same tokens; got {_described(*given)}"
+            f"and f [..., C] of the same tokens; got {described(*given)}"
         )
-
-
-def _described(*tensors: Tensor) -> str:
-    return ", ".join(f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in tensors)
-
-
-def refuse_double_backward(ctx: Any, *grads: Tensor) -> Any:
-    raise RuntimeError(
-        "the backward of an mhc:: operator cannot be differentiated: double backward (create_graph="
-        "True, torch.func.hessian) is not supported by the fused operators. Take such gradients of "
-        "the open form: Config(disabled=('fuse_coefficients',))"
-    )
-
-
-for operator in (coefficients_backward, pre_backward, post_res_backward):
-    operator.register_autograd(refuse_double_backward)

@@ -25,9 +25,6 @@ from ..kernels.variants import Gate
 SPREAD_LINEAR = 0.5
 """d of chains that are linear between their sites, where any d preserves."""
 
-DIAGONAL, OFF_DIAGONAL = 3.0, -3.0
-"""b_res = 6I - 3: H_res = cI + (1 - c)J/n, c = 0.990 for n = 4 (the paper's initial values)."""
-
 PAPER_PHI_STD = 0.02
 """Standard deviation of φ for `paper`, which says "small random": DeepSeek-V4's range."""
 
@@ -109,7 +106,7 @@ def bias(config: Config, *, index: int, linear: bool) -> Tensor:
         # Published as logits ±3; for linear gates (arXiv:2409.19606) as the values 0 and 1.
         pre_logits = 6 * home - 3 if variant.pre.function == "sigmoid" else home
         gates = [pre_logits, _invert(variant.post, ones)]
-    return torch.cat([*gates, _near_identity(config)])
+    return torch.cat([*gates, variant.res.near_identity(n)])
 
 
 def head_bias(n: int) -> Tensor:
@@ -119,36 +116,11 @@ def head_bias(n: int) -> Tensor:
 
 def phi_std(config: Config) -> float:
     """Standard deviation that φ is drawn with; 0 where it starts at zero and nothing is drawn."""
-    # Hyper-Connections start without a dynamic part (arXiv:2409.19606, eq. 14).
-    published_as_zero = config.variant_object.residual == "free"
-    return 0.0 if config.init == "preserve" or published_as_zero else PAPER_PHI_STD
+    static = config.init == "preserve" or config.variant_object.res.starts_static
+    return 0.0 if static else PAPER_PHI_STD
 
 
 def _invert(gate: Gate, value: Tensor) -> Tensor:
     """The logits for which a gate has this value."""
     value = (value - gate.offset) / gate.scale
     return value.logit() if gate.function == "sigmoid" else value
-
-
-def _near_identity(config: Config) -> Tensor:
-    """The part of b for H_res: cI + (1 - c)J/n in terms of each parametrisation.
-
-    `kronecker` has c^k for vectors that k of its factors change the sign of; `free` starts at I, as
-    Hyper-Connections do.
-    """
-    n, residual = config.n, config.variant_object.residual
-    eye = torch.eye(n, dtype=torch.float64, device="cpu")
-    step = DIAGONAL - OFF_DIAGONAL
-    if residual == "sinkhorn":
-        return (step * eye + OFF_DIAGONAL).flatten()
-    if residual == "free":
-        return eye.flatten()
-    if residual == "permutations":
-        logits = torch.zeros(math.factorial(n), dtype=torch.float64, device="cpu")
-        # The identity comes first. Its weight against the others', for the c of `sinkhorn`.
-        logits[0] = math.log1p(math.factorial(n - 1) * math.expm1(step))
-        return logits
-    if residual == "kronecker":
-        factors = n.bit_length() - 1
-        return torch.tensor([DIAGONAL, OFF_DIAGONAL] * factors, dtype=torch.float64, device="cpu")
-    return torch.zeros(0, dtype=torch.float64, device="cpu")

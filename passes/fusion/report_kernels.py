@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, fx
 
 from ...kernels import backends
-from ...kernels.ops.site import Call
-from ...kernels.variants import parse_variant
+from ...kernels.dtypes import compute_dtype
+from ...kernels.ops import ends, site  # noqa: F401  (registers the operators)
 from ..context import Context, PassResult
-from ..graph.operators import value_of
+from ..graph.operators import shape_of, value_of
 
 __all__ = ["emitted", "every_operator_is_reported", "report_kernels"]
 
@@ -47,30 +47,43 @@ def emitted(gm: fx.GraphModule) -> dict[str, str]:
     """The source that is generated for the coefficients of a graph, by what it is for."""
     found = {}
     for node in gm.graph.nodes:
-        if str(node.target) == "mhc.coefficients.default":
-            call, variant = _call_of(node), parse_variant(node.args[4])
-            text = backends.source(call.kernels, call.dtype, call.n, variant)
+        plan = _plan_of(node)
+        if plan is not None and plan.variant is not None:
+            n = int(shape_of(node.args[0])[-2])  # type: ignore[call-overload]
+            text = plan.kernels.source(plan.variant, n, plan.dtype)
             if text is not None:
-                found[f"{variant.text}, n = {call.n}, {backends.language(call.kernels)}"] = text
+                found[f"{plan.variant.text}, n = {n}, {plan.kernels.LANGUAGE}"] = text
     return found
 
 
 def _implementation(node: fx.Node) -> str:
-    call = _call_of(node)
-    return "PyTorch" if call is None else backends.language(call.kernels)
+    plan = _plan_of(node)
+    return "PyTorch" if plan is None else plan.kernels.LANGUAGE
 
 
-def _call_of(node: fx.Node) -> Any:
-    """The call as the operator makes it; None for operators that are PyTorch on every device."""
-    make = _CALLS.get(node.target)
+def _plan_of(node: fx.Node) -> backends.Plan | None:
+    """The plan that the operator makes; None for operators that are PyTorch on every device."""
+    make = _PLANS.get(node.target)
     args = [value_of(a) if isinstance(a, fx.Node) else a for a in node.args]
     return None if make is None or not isinstance(args[0], Tensor) else make(*args)
 
 
-_CALLS: dict[Any, Callable[..., Call]] = {
-    torch.ops.mhc.coefficients.default: lambda X, phi, alpha, bias, variant, eps: Call(
-        X, phi, variant=parse_variant(variant)
+def _plan(
+    X: Tensor, exact: torch.dtype, n: int, *dtypes: torch.dtype, variant: str | None = None
+) -> backends.Plan:
+    return backends.plan(X.device, int(n), exact, (X.dtype, *dtypes), variant)
+
+
+_PLANS: dict[Any, Callable[..., backends.Plan]] = {
+    torch.ops.mhc.coefficients.default: lambda X, phi, alpha, bias, variant, eps: _plan(
+        X, phi.dtype, X.shape[-2], variant=variant
     ),
-    torch.ops.mhc.pre.default: lambda H_pre, X, dtype: Call(X, H_pre, dtype),
-    torch.ops.mhc.post_res.default: lambda H_res, H_post, X, f: Call(X, H_res, f.dtype),
+    torch.ops.mhc.pre.default: lambda H_pre, X, dtype: _plan(X, H_pre.dtype, X.shape[-2], dtype),
+    torch.ops.mhc.post_res.default: lambda H_res, H_post, X, f: _plan(
+        X, H_res.dtype, X.shape[-2], f.dtype
+    ),
+    torch.ops.mhc.expand.default: lambda x, n: _plan(x, compute_dtype(x.dtype), n),
+    torch.ops.mhc.readout.default: lambda X, kind, dtype: _plan(
+        X, compute_dtype(X.dtype), X.shape[-2], dtype
+    ),
 }

@@ -9,9 +9,8 @@ The oracle is ``kernels.reference``: what it computes from the same y, α and b.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from ...kernels import reference
-from ...kernels.variants import MOST_PERMUTED_STREAMS, VARIANTS, Gate, Variant
+from ...kernels.residuals import RESIDUALS
+from ...kernels.variants import VARIANTS, Gate, Variant
 from ..graph.operators import (
     Kind,
     dtype_of,
@@ -46,12 +46,8 @@ class Refused(Exception):
 
 def residuals(n: int, columns: int) -> list[str]:
     """The residuals that have so many columns for n streams."""
-    found = {"identity": 0, "free": n * n, "sinkhorn": n * n}
-    if n <= MOST_PERMUTED_STREAMS:
-        found["permutations"] = math.factorial(n)
-    if n & (n - 1) == 0:
-        found["kronecker"] = 2 * (n.bit_length() - 1)
-    return [name for name, count in found.items() if count == columns]
+    kinds = ((name, kind()) for name, kind in RESIDUALS.items())
+    return [name for name, r in kinds if not r.obstacle(n) and r.columns(n) == columns]
 
 
 @dataclass(frozen=True)
@@ -201,7 +197,7 @@ class Roles:
 
     def variant(self) -> Variant:
         """The one description of all three, named after the known variant that is nearest."""
-        if self.residuals[0] == "identity" and self.descriptions[_RES] is None:
+        if not self.oracle.sizes[_RES] and self.descriptions[_RES] is None:
             # X stands for I X
             self.descriptions[_RES] = "linear", Variant("mhc", residual="identity")
         missing = [p for p, d in zip(_PARTS, self.descriptions, strict=True) if d is None]
@@ -211,7 +207,7 @@ class Roles:
                 Reason.OWN_COEFFICIENTS,
             )
         inner = {d[0] for d in self.descriptions}
-        if self.descriptions[_RES][1].residual == "identity":
+        if not self.oracle.sizes[_RES]:
             inner = {d[0] for d in self.descriptions[:_RES]}
         if len(inner) > 1:
             raise Refused(
@@ -246,7 +242,7 @@ class Roles:
                     "mhc",
                     pre=Gate(function),
                     post=Gate(function),
-                    residual=self.residuals[0],  # type: ignore[arg-type]
+                    residual=self.residuals[0],
                     iterations=1,
                     inner=inner,
                 )
@@ -272,14 +268,12 @@ class Roles:
     def _descriptions(self, node: fx.Node) -> Iterator[Variant]:
         """Every description of H_res that a node could mean."""
         for name in self.residuals:
+            reads = {field.name for field in fields(RESIDUALS[name])}
             for inner in ("linear", "tanh"):
-                base = Variant("mhc", residual=name, inner=inner)  # type: ignore[arg-type]
-                if name in ("identity", "permutations", "kronecker"):
-                    yield base
-                    continue
-                settings = set(self._iterations(node)) if name == "sinkhorn" else {(0, 0.0)}
+                base = Variant("mhc", residual=name, inner=inner)
+                settings = set(self._iterations(node)) if "iterations" in reads else {(0, 0.0)}
                 for iterations, eps in sorted(settings):
-                    for transposed in (False, True):
+                    for transposed in (False, True)[: 1 + ("transposed" in reads)]:
                         yield replace(base, iterations=iterations, eps=eps, transposed=transposed)
 
     def _iterations(self, node: fx.Node) -> Iterator[tuple[int, float]]:

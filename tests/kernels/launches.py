@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mhc_compile.kernels.gpu import backend as gpu
 from mhc_compile.kernels.gpu import readout
 from mhc_compile.kernels.gpu.launch import Launch, recording
+from mhc_compile.kernels.operands import Closed, Mapping, Opened, Parameters, Saved
 from mhc_compile.kernels.variants import Variant
 
 TOKENS = 3000
@@ -36,16 +37,24 @@ class Site:
         shapes = (T, n), (T, n), (T, n, n)
         self.H_pre, self.H_post, self.H_res = (_cuda(torch.float32, *shape) for shape in shapes)
         shapes = (n * C, columns), (3,), (columns,)
-        self.weights = tuple(_cuda(torch.float32, *shape) for shape in shapes)
+        self.weights = Parameters(*(_cuda(torch.float32, *shape) for shape in shapes))
         self.saved = _cuda(torch.float32, T, columns), _cuda(torch.float32, T)
 
     @property
-    def closed(self) -> tuple[Tensor, ...]:
-        return self.H_res, self.H_post, self.X, self.f
+    def closed(self) -> Closed:
+        return Closed(self.H_res, self.H_post, self.X, self.f)
 
-    def opened(self, *before: Tensor) -> tuple[Tensor, ...]:
-        """What backwards of the coefficients take, from dh or dH_pre on."""
-        return *before, self.X, *self.weights, *self.saved
+    @property
+    def mapping(self) -> Mapping:
+        return Mapping(self.X, *self.weights)
+
+    @property
+    def opened(self) -> Opened:
+        return Opened(self.f, self.H_post, self.H_res, self.H_pre)
+
+    @property
+    def kept(self) -> Saved:
+        return Saved(self.X, *self.weights, *self.saved)
 
 
 def _cuda(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -57,22 +66,18 @@ CALLS: dict[str, Callable[[Site], Any]] = {
     "post_res_backward": lambda s: gpu.post_res_backward(s.X, *s.closed),
     "pre": lambda s: gpu.pre(s.H_pre, s.X),
     "pre_backward": lambda s: gpu.pre_backward(s.f, s.H_pre, s.X),
-    "coefficients": lambda s: gpu.coefficients(s.X, *s.weights, **s.settings),
+    "coefficients": lambda s: gpu.coefficients(s.mapping, **s.settings),
     "coefficients_backward": lambda s: gpu.coefficients_backward(
-        *s.opened(s.H_pre, s.H_post, s.H_res), **s.settings
+        (s.H_pre, s.H_post, s.H_res), s.kept, **s.settings
     ),
-    "coefficients_pre": lambda s: gpu.coefficients_pre(s.X, *s.weights, **s.settings),
+    "coefficients_pre": lambda s: gpu.coefficients_pre(s.mapping, **s.settings),
     "coefficients_pre_backward": lambda s: [
-        gpu.coefficients_pre_backward(
-            *s.opened(s.f, s.H_post, s.H_res, s.H_pre), partial, **s.settings
-        )
+        gpu.coefficients_pre_backward(s.opened, s.kept, partial, **s.settings)
         for partial in (None, s.X)
     ],
-    "seam": lambda s: gpu.seam(*s.closed, *s.weights, **s.settings),
+    "seam": lambda s: gpu.seam(s.closed, s.weights, **s.settings),
     "seam_backward": lambda s: [
-        gpu.seam_backward(
-            *s.opened(s.f, s.H_post, s.H_res, s.H_pre), partial, *s.closed, **s.settings
-        )
+        gpu.seam_backward(s.opened, s.kept, partial, s.closed, **s.settings)
         for partial in (None, s.X)
     ],
     "expand": lambda s: readout.expand(s.f, s.n),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mhc_compile.kernels.operands import Mapping
 from mhc_compile.kernels.variants import VARIANTS, Variant, get_variant
 
 from .sites import strided
@@ -32,8 +33,7 @@ def possible(streams: list[int]) -> list[tuple[Variant, int]]:
     return [
         (variant, n)
         for variant, n in itertools.product(DESCRIPTIONS, streams)
-        if not (variant.residual == "permutations" and n > 4)
-        and not (variant.residual == "kronecker" and n & (n - 1))
+        if variant.res.obstacle(n) is None
     ]
 
 
@@ -52,8 +52,8 @@ class Site:
     bias: Tensor
 
     @property
-    def mapping(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.X, self.phi, self.alpha, self.bias
+    def mapping(self) -> Mapping:
+        return Mapping(self.X, self.phi, self.alpha, self.bias)
 
     def to(self, dtype: torch.dtype) -> "Site":
         """Streams in a dtype, parameters in the dtype that goes with it."""

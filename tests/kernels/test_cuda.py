@@ -5,6 +5,7 @@ import torch
 
 from mhc_compile.kernels import eager
 from mhc_compile.kernels.gpu import backend as gpu
+from mhc_compile.kernels.operands import Closed, Mapping, Opened, Parameters, Saved
 from mhc_compile.kernels.variants import get_variant
 
 from .operands import EPS, random_site
@@ -19,24 +20,25 @@ def on_gpu(n, C, T, dtype):
 
 
 def forward(kernels, X, f, phi, alpha, bias):
+    parameters = Parameters(phi, alpha, bias)
     h, H_pre, H_post, H_res, y, inv_r = kernels.coefficients_pre(
-        X, phi, alpha, bias, variant=PAPER, eps=EPS
+        Mapping(X, *parameters), variant=PAPER, eps=EPS
     )
-    following = kernels.seam(H_res, H_post, X, f, phi, alpha, bias, variant=PAPER, eps=EPS)
+    closed = Closed(H_res, H_post, X, f)
+    following = kernels.seam(closed, parameters, variant=PAPER, eps=EPS)
     return h, H_pre, H_post, H_res, y, inv_r, *following
 
 
 def backward(kernels, dh, X, f, phi, alpha, bias):
-    _, _, H_post, H_res, *_ = kernels.coefficients_pre(X, phi, alpha, bias, variant=PAPER, eps=EPS)
-    X2, _, H_pre, *_, y, inv_r = kernels.seam(
-        H_res, H_post, X, f, phi, alpha, bias, variant=PAPER, eps=EPS
-    )
+    parameters = Parameters(phi, alpha, bias)
+    mapping = Mapping(X, *parameters)
+    _, _, H_post, H_res, *_ = kernels.coefficients_pre(mapping, variant=PAPER, eps=EPS)
+    closed = Closed(H_res, H_post, X, f)
+    X2, _, H_pre, *_, y, inv_r = kernels.seam(closed, parameters, variant=PAPER, eps=EPS)
     dH_post, dH_res = torch.ones_like(H_post), torch.eye(X.shape[1]).to(H_res).expand_as(H_res)
-    mapping = (H_pre, X2, phi, alpha, bias, y, inv_r)
-    before = (X2, H_res, H_post, X, f)
-    return kernels.seam_backward(
-        dh, dH_post, dH_res.contiguous(), *mapping, *before, variant=PAPER, eps=EPS
-    )
+    opened = Opened(dh, dH_post, dH_res.contiguous(), H_pre)
+    saved = Saved(X2, *parameters, y, inv_r)
+    return kernels.seam_backward(opened, saved, X2, closed, variant=PAPER, eps=EPS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

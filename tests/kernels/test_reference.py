@@ -193,7 +193,7 @@ def test_h_res_is_as_doubly_stochastic_as_it_can_be(name, n):
     X, phi, alpha, bias, _ = site(name, n, tokens=50)
     *_, H = coefficients(X, phi, alpha, bias, name)
     rows, columns = ((H.sum(dim) - 1).abs().max() for dim in (-1, -2))
-    if name == "hc":
+    if name in ("hc", "low_rank"):
         assert rows > 0.1  # unconstrained
         return
     assert (H >= 0).all()

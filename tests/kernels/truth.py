@@ -98,6 +98,7 @@ def coefficients(X, phi, alpha, bias, variant, eps, iters=20):
         "mhc_lite": lambda: permutations(res, n),
         "kromhc": lambda: kronecker(res),
         "identity": lambda: np.eye(n),
+        "low_rank": lambda: np.eye(n) + np.outer(*res.reshape(2, n)),
     }[variant]()
     return sigmoid(pre) + (EPS_V4 if variant == "deepseek_v4" else 0), 2 * sigmoid(post), H_res
 

@@ -14,6 +14,7 @@ import torch
 from mhc_compile.kernels import reference
 from mhc_compile.kernels.cpu import backend as cpu
 from mhc_compile.kernels.cpu import codegen as codegen_cpp
+from mhc_compile.kernels.operands import Closed, Mapping, Opened, Parameters, Saved
 from mhc_compile.kernels.variants import VARIANTS, get_variant
 
 from .. import truth
@@ -134,7 +135,8 @@ def double_or_none(grads):
 def test_forward_is_close_to_truth(name, n, S, T, C):
     X, f, phi, alpha, bias = inputs(name, n, S, T, C)
     variant = variant_of(name)
-    H_pre, H_post, H_res, y, inv_r = cpu.coefficients(X, phi, alpha, bias, variant=variant, eps=EPS)
+    mapping = Mapping(X, phi, alpha, bias)
+    H_pre, H_post, H_res, y, inv_r = cpu.coefficients(mapping, variant=variant, eps=EPS)
     h, X2 = cpu.pre(H_pre, X), cpu.post_res(H_res, H_post, X, f)
     arguments = (X, f, phi, alpha, bias)
     eager = reference_site(name, *arguments, compute(S))
@@ -152,7 +154,7 @@ def test_forward_is_close_to_truth(name, n, S, T, C):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_forward_is_that_of_loops_over_numbers(name):
     X, _, phi, alpha, bias = inputs(name, 4, F64, 3, 5)
-    actual = cpu.coefficients(X, phi, alpha, bias, variant=variant_of(name), eps=EPS)[:3]
+    actual = cpu.coefficients(Mapping(X, phi, alpha, bias), variant=variant_of(name), eps=EPS)[:3]
     X, *parameters = (t.numpy() for t in (X, phi, alpha, bias))
     expected = truth.over_tokens(lambda x: truth.coefficients(x, *parameters, name, EPS), X)
     for a, e in zip(actual, expected, strict=True):
@@ -163,14 +165,16 @@ def test_forward_is_that_of_loops_over_numbers(name):
 def test_separate_backwards_are_close_to_truth(name, n, S, T, C):
     X, f, phi, alpha, bias = inputs(name, n, S, T, C)
     variant, K = variant_of(name), compute(S)
-    H_pre, H_post, H_res, y, inv_r = cpu.coefficients(X, phi, alpha, bias, variant=variant, eps=EPS)
+    mapping = Mapping(X, phi, alpha, bias)
+    H_pre, H_post, H_res, y, inv_r = cpu.coefficients(mapping, variant=variant, eps=EPS)
     dH = [torch.randn_like(t) for t in (H_pre, H_post, H_res)]
     dh, dX2 = torch.randn_like(f), torch.randn_like(X)
 
     def coefficients(X, phi, alpha, bias, K):
         return reference_site(name, X, X[:, 0], phi, alpha, bias, K)[:3]
 
-    actual = cpu.coefficients_backward(*dH, X, phi, alpha, bias, y, inv_r, variant=variant, eps=EPS)
+    saved = Saved(*mapping, y, inv_r)
+    actual = cpu.coefficients_backward(dH, saved, variant=variant, eps=EPS)
     expected = both_gradients(coefficients, (X, phi, alpha, bias), dH, K)
     assert_close_to_truth(actual, *expected)
 
@@ -192,9 +196,8 @@ def test_separate_backwards_are_close_to_truth(name, n, S, T, C):
 def test_joint_backward_is_close_to_truth(name, n, S, T, C, with_partial):
     X, _, phi, alpha, bias = inputs(name, n, S, T, C)
     variant = variant_of(name)
-    h, H_pre, H_post, H_res, y, inv_r = cpu.coefficients_pre(
-        X, phi, alpha, bias, variant=variant, eps=EPS
-    )
+    mapping = Mapping(X, phi, alpha, bias)
+    h, H_pre, H_post, H_res, y, inv_r = cpu.coefficients_pre(mapping, variant=variant, eps=EPS)
     dh, dH_post, dH_res = (torch.randn_like(t) for t in (h, H_post, H_res))
     partial = torch.randn_like(X) if with_partial else None
 
@@ -202,9 +205,8 @@ def test_joint_backward_is_close_to_truth(name, n, S, T, C, with_partial):
         _, H_post, H_res, h, _ = reference_site(name, X, X[:, 0], phi, alpha, bias, K)
         return H_post, H_res, h, X * 1
 
-    actual = cpu.coefficients_pre_backward(
-        dh, dH_post, dH_res, H_pre, X, phi, alpha, bias, y, inv_r, partial, variant=variant, eps=EPS
-    )
+    opened, saved = Opened(dh, dH_post, dH_res, H_pre), Saved(*mapping, y, inv_r)
+    actual = cpu.coefficients_pre_backward(opened, saved, partial, variant=variant, eps=EPS)
     grads = [dH_post, dH_res, dh, partial]
     expected = both_gradients(joint, (X, phi, alpha, bias), grads, compute(S))
     assert_close_to_truth(actual, *expected)
@@ -214,11 +216,10 @@ def test_joint_backward_is_close_to_truth(name, n, S, T, C, with_partial):
 @pytest.mark.parametrize("with_partial", [True, False])
 def test_backward_of_a_seam_is_close_to_truth(name, n, S, T, C, with_partial):
     X, f, phi, alpha, bias = inputs(name, n, S, T, C)
-    variant, options = variant_of(name), {"variant": variant_of(name), "eps": EPS}
-    _, H_post, H_res, _, _ = cpu.coefficients(X.roll(1, 0), phi, alpha, bias, **options)
-    X2, h, H_pre_next, H_post_next, H_res_next, y, inv_r = cpu.seam(
-        H_res, H_post, X, f, phi, alpha, bias, **options
-    )
+    options, parameters = {"variant": variant_of(name), "eps": EPS}, Parameters(phi, alpha, bias)
+    _, H_post, H_res, _, _ = cpu.coefficients(Mapping(X.roll(1, 0), *parameters), **options)
+    closed = Closed(H_res, H_post, X, f)
+    X2, h, H_pre_next, H_post_next, H_res_next, y, inv_r = cpu.seam(closed, parameters, **options)
     grads = [torch.randn_like(t) for t in (H_post_next, H_res_next, h, X2)]
     grads[3] = grads[3] if with_partial else None
 
@@ -229,21 +230,9 @@ def test_backward_of_a_seam_is_close_to_truth(name, n, S, T, C, with_partial):
         _, H_post, H_res, h, _ = reference_site(name, X2, f, phi, alpha, bias, K)
         return H_post, H_res, h, X2
 
-    actual = cpu.seam_backward(
-        grads[2],
-        *grads[:2],
-        H_pre_next,
-        X2,
-        phi,
-        alpha,
-        bias,
-        y,
-        inv_r,
-        grads[3],
-        *(H_res, H_post, X, f),
-        variant=variant,
-        eps=EPS,
-    )
+    opened = Opened(grads[2], *grads[:2], H_pre_next)
+    saved = Saved(X2, *parameters, y, inv_r)
+    actual = cpu.seam_backward(opened, saved, grads[3], closed, **options)
     arguments = (H_res, H_post, X, f, phi, alpha, bias)
     eager, expected = both_gradients(seam, arguments, grads, compute(S))
     ordered = ([*g[4:], *g[:4]] for g in (eager, expected))
@@ -267,12 +256,14 @@ def test_sums_over_tokens_are_as_exact_for_many_tokens(S, T):
     name, n, C = "mhc", 4, 13
     options = {"variant": variant_of(name), "eps": EPS}
     X, _, *parameters = inputs(name, n, S, 1, C)
-    saved = cpu.coefficients(X, *parameters, **options)
+    saved = cpu.coefficients(Mapping(X, *parameters), **options)
     dH = [torch.randn_like(t) for t in saved[:3]]
-    of_one = cpu.coefficients_backward(*dH, X, *parameters, *saved[3:], **options)[1:]
+    kept = Saved(X, *parameters, *saved[3:])
+    of_one = cpu.coefficients_backward(dH, kept, **options)[1:]
     dH, saved = ([t.repeat(T, *[1] * (t.dim() - 1)) for t in ts] for ts in (dH, saved))
     X = X.repeat(T, 1, 1)
-    of_all = cpu.coefficients_backward(*dH, X, *parameters, *saved[3:], **options)[1:]
+    kept = Saved(X, *parameters, *saved[3:])
+    of_all = cpu.coefficients_backward(dH, kept, **options)[1:]
     # dα and db of a chunk, up to 512 tokens, are plain sums in float64.
     close = (64 if S == F64 else 16) * torch.finfo(compute(S)).eps
     for one, total in zip(of_one, of_all, strict=True):
@@ -285,10 +276,12 @@ def test_a_sum_over_tokens_beyond_the_largest_number_is_infinite():
     X, _, *parameters = inputs("mhc", 4, F32, 1, 8)
     X = X.sign()
     H_pre, H_post, H_res, *saved = (
-        t.repeat(T, *[1] * (t.dim() - 1)) for t in cpu.coefficients(X, *parameters, **options)
+        t.repeat(T, *[1] * (t.dim() - 1))
+        for t in cpu.coefficients(Mapping(X, *parameters), **options)
     )
     dH = [torch.zeros_like(H_pre), 1e36 * torch.ones_like(H_post), torch.zeros_like(H_res)]
-    sums = cpu.coefficients_backward(*dH, X.repeat(T, 1, 1), *parameters, *saved, **options)[1:]
+    kept = Saved(X.repeat(T, 1, 1), *parameters, *saved)
+    sums = cpu.coefficients_backward(dH, kept, **options)[1:]
     dphi, dalpha, dbias = sums
     assert dphi[:, 4:8].isinf().all() and dbias[4:8].isinf().all() and dalpha[1].isinf()
     assert dphi[:, :4].isfinite().all() and not any(t.isnan().any() for t in sums)
@@ -301,14 +294,14 @@ def test_gradcheck_of_the_emitted_code(name):
     class Coefficients(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *arguments):
-            *H, y, inv_r = cpu.coefficients(*arguments, variant=variant, eps=EPS)
+            *H, y, inv_r = cpu.coefficients(Mapping(*arguments), variant=variant, eps=EPS)
             ctx.save_for_backward(*arguments, y, inv_r)
             return tuple(H)
 
         @staticmethod
         def backward(ctx, *grads):
-            grads = (g.contiguous() for g in grads)
-            return cpu.coefficients_backward(*grads, *ctx.saved_tensors, variant=variant, eps=EPS)
+            dH, saved = [g.contiguous() for g in grads], Saved(*ctx.saved_tensors)
+            return cpu.coefficients_backward(dH, saved, variant=variant, eps=EPS)
 
     X, _, *parameters = inputs(name, 4, F64, 2, 2)
     torch.autograd.gradcheck(Coefficients.apply, leaves([X, *parameters]), nondet_tol=0)
@@ -320,16 +313,18 @@ def test_gradcheck_of_a_seam():
     class Seam(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *arguments):
-            X2, h, H_pre, H_post, H_res, y, inv_r = cpu.seam(*arguments, **options)
+            closed, parameters = Closed(*arguments[:4]), Parameters(*arguments[4:])
+            X2, h, H_pre, H_post, H_res, y, inv_r = cpu.seam(closed, parameters, **options)
             ctx.save_for_backward(H_pre, X2, *arguments[4:], y, inv_r, *arguments[:4])
             return X2, h, H_post, H_res
 
         @staticmethod
         def backward(ctx, *grads):
             dX2, *others = (g.contiguous() for g in grads)
-            kept = ctx.saved_tensors
+            H_pre, *kept = ctx.saved_tensors
+            opened, saved, closed = Opened(*others, H_pre), Saved(*kept[:6]), Closed(*kept[6:])
             *mapping, dH_res, dH_post, dX, df = cpu.seam_backward(
-                *others, *kept[:7], dX2, *kept[7:], **options
+                opened, saved, dX2, closed, **options
             )
             return dH_res, dH_post, dX, df, *mapping
 
@@ -347,7 +342,8 @@ def test_sinkhorn_of_logits_of_any_size(name, n, iters):
         X, _, phi, alpha, bias = inputs(name, n, F32, 1, 8)
         alpha.zero_()
         bias[2 * n :] = scale * torch.randn(n * n)
-        *H, y, inv_r = cpu.coefficients(X, phi, alpha, bias, variant=variant, eps=EPS)
+        mapping = Mapping(X, phi, alpha, bias)
+        *H, y, inv_r = cpu.coefficients(mapping, variant=variant, eps=EPS)
         logits = bias[2 * n :].reshape(n, n).double().numpy()
         if name == "mhc":
             expected = truth.sinkhorn(logits, iters)
@@ -356,9 +352,8 @@ def test_sinkhorn_of_logits_of_any_size(name, n, iters):
         assert np.abs(H[2][0].double().numpy() - expected).max() < 2e-6
 
         grads = [torch.randn_like(t) for t in H]
-        dbias = cpu.coefficients_backward(
-            *grads, X, phi, alpha, bias, y, inv_r, variant=variant, eps=EPS
-        )[3]
+        saved = Saved(*mapping, y, inv_r)
+        dbias = cpu.coefficients_backward(grads, saved, variant=variant, eps=EPS)[3]
         (exact,) = leaves([bias.double()])
         options = {"variant": variant, "n": n, "width": 8, "eps": EPS, "compute_dtype": F64}
         outputs = reference.coefficients(*double((X, phi, alpha)), exact, **options)
@@ -372,32 +367,32 @@ def test_sinkhorn_of_logits_of_any_size(name, n, iters):
 def everything(name, n, S, T, C):
     """Results of all functions, by function."""
     X, f, phi, alpha, bias = inputs(name, n, S, T, C)
-    parameters, options = (phi, alpha, bias), {"variant": variant_of(name), "eps": EPS}
-    separate = cpu.coefficients(X, *parameters, **options)
+    parameters = Parameters(phi, alpha, bias)
+    options = {"variant": variant_of(name), "eps": EPS}
+    separate = cpu.coefficients(Mapping(X, *parameters), **options)
     H_pre, H_post, H_res, y, inv_r = separate
     X2 = cpu.post_res(H_res, H_post, X, f)
-    following = cpu.coefficients(X2, *parameters, **options)
+    following = cpu.coefficients(Mapping(X2, *parameters), **options)
     H_next, saved = following[:3], following[3:]
     dh, dX2 = torch.randn_like(f), torch.randn_like(X)
-    H = (H_res, H_post, X, f)
+    H = Closed(H_res, H_post, X, f)
+    kept = Saved(X, *parameters, y, inv_r)
     return {
         "coefficients": separate,
         "coefficients_next": following,
         "pre": (cpu.pre(H_pre, X),),
         "pre_next": (cpu.pre(H_next[0], X2),),
         "post_res": (X2,),
-        "coefficients_pre": cpu.coefficients_pre(X, *parameters, **options),
-        "seam": cpu.seam(*H, *parameters, **options),
+        "coefficients_pre": cpu.coefficients_pre(Mapping(X, *parameters), **options),
+        "seam": cpu.seam(H, parameters, **options),
         "pre_backward": cpu.pre_backward(dh, H_pre, X),
         "post_res_backward": cpu.post_res_backward(dX2, *H),
-        "coefficients_backward": cpu.coefficients_backward(
-            H_pre, H_post, H_res, X, *parameters, y, inv_r, **options
-        ),
+        "coefficients_backward": cpu.coefficients_backward((H_pre, H_post, H_res), kept, **options),
         "coefficients_pre_backward": cpu.coefficients_pre_backward(
-            dh, H_post, H_res, H_pre, X, *parameters, y, inv_r, dX2, **options
+            Opened(dh, H_post, H_res, H_pre), kept, dX2, **options
         ),
         "seam_backward": cpu.seam_backward(
-            dh, H_post, H_res, H_next[0], X2, *parameters, *saved, dX2, *H, **options
+            Opened(dh, H_post, H_res, H_next[0]), Saved(X2, *parameters, *saved), dX2, H, **options
         ),
     }
 
@@ -439,8 +434,8 @@ def test_results_depend_on_nothing_but_the_inputs(name, n, S, T, C):
 def test_a_token_does_not_depend_on_its_neighbours():
     X, _, *parameters = inputs("mhc", 4, F32, 37, 264)
     options = {"variant": get_variant("mhc"), "eps": EPS}
-    together = cpu.coefficients_pre(X, *parameters, **options)
-    alone = [cpu.coefficients_pre(x, *parameters, **options) for x in X.split(1)]
+    together = cpu.coefficients_pre(Mapping(X, *parameters), **options)
+    alone = [cpu.coefficients_pre(Mapping(x, *parameters), **options) for x in X.split(1)]
     for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
         assert torch.equal(whole, torch.cat(parts))
 
@@ -450,8 +445,10 @@ def test_very_many_tokens():
     T = 100_003
     X, _, *parameters = inputs("mhc", 4, F32, T, 8)
     options = {"variant": get_variant("mhc"), "eps": EPS}
-    h = cpu.coefficients_pre(X, *parameters, **options)[0]
-    ends = [cpu.coefficients_pre(X[k], *parameters, **options)[0] for k in (slice(7), slice(-7, T))]
+    h, *ends = (
+        cpu.coefficients_pre(Mapping(X[k], *parameters), **options)[0]
+        for k in (slice(T), slice(7), slice(-7, T))
+    )
     assert torch.equal(torch.cat((h[:7], h[-7:])), torch.cat(ends))
 
 
@@ -466,13 +463,15 @@ def test_a_nan_stays_in_its_token(S, n):
         if poison:
             X[bad, 1, 3] = torch.nan
         options = {"variant": get_variant("mhc"), "eps": EPS}
-        H_pre, H_post, H_res, y, inv_r = cpu.coefficients(X, *parameters, **options)
-        before = (H_res, H_post, X, f)
-        X2, h, *H_next, y2, inv_r2 = cpu.seam(*before, *parameters, **options)
+        parameters = Parameters(*parameters)
+        H_pre, H_post, H_res, y, inv_r = cpu.coefficients(Mapping(X, *parameters), **options)
+        before = Closed(H_res, H_post, X, f)
+        X2, h, *H_next, y2, inv_r2 = cpu.seam(before, parameters, **options)
         per_token = [H_pre, H_post, H_res, y, inv_r, X2, h, *H_next]
-        grads = f, H_next[1], H_next[2], H_next[0], X2, *parameters, y2, inv_r2, X
+        opened = Opened(f, H_next[1], H_next[2], H_next[0])
+        grads = opened, Saved(X2, *parameters, y2, inv_r2), X
         per_token += cpu.coefficients_pre_backward(*grads, **options)[:1]
-        per_token += cpu.seam_backward(*grads, *before, **options)[3:]
+        per_token += cpu.seam_backward(*grads, before, **options)[3:]
         results.append(per_token)
     others = torch.arange(T) != bad
     for clean, poisoned in zip(*results, strict=True):

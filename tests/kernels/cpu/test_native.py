@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from mhc_compile.kernels import eager
+from mhc_compile.kernels.backends import plan
 from mhc_compile.kernels.cpu import backend as cpu
 from mhc_compile.kernels.cpu import native
+from mhc_compile.kernels.ops import register
 from mhc_compile.kernels.ops import site as site_ops  # noqa: F401  (registers mhc::)
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
@@ -100,6 +102,7 @@ def test_without_a_compiler_operators_are_pytorch(fresh, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     for name in ("_site", "_chain"):
         monkeypatch.setattr(cpu, name, functools.cache(getattr(cpu, name).__wrapped__))
+    monkeypatch.setattr(register, "planned", plan)
     H_pre, X = torch.randn(7, 4), torch.randn(7, 4, 13)
     with pytest.warns(RuntimeWarning, match="no-such-compiler") as warned:
         found = [torch.ops.mhc.pre(H_pre, X, torch.float32) for _ in range(2)]

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from mhc_compile.kernels import eager
 from mhc_compile.kernels.gpu import backend as gpu
+from mhc_compile.kernels.operands import Closed, Mapping, Opened, Parameters, Saved
 from mhc_compile.kernels.variants import get_variant
 
 from .. import truth
-from ..operands import EPS, variant_of
+from ..operands import EPS, possible, variant_of
 from ..sites import normal
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -83,6 +84,13 @@ class Operands(NamedTuple):
             normal(T, n, C, dtype=dtype),
         )
 
+    @property
+    def closed(self):
+        return Closed(self.H_res, self.H_post, self.X, self.f)
+
+    def mapping(self, X):
+        return Mapping(X, self.phi, self.alpha, self.bias)
+
     def double(self):
         return Operands(*(t.double() for t in self))
 
@@ -94,27 +102,27 @@ class Operands(NamedTuple):
 
 def forward(o, name):
     """Every function of forward, X' as the seam made it."""
-    parameters = o.phi, o.alpha, o.bias
+    parameters = Parameters(o.phi, o.alpha, o.bias)
     options = {"variant": variant_of(name), "eps": EPS}
-    X2 = gpu.post_res(o.H_res, o.H_post, o.X, o.f)
-    found = gpu.coefficients(X2, *parameters, **options)
+    X2 = gpu.post_res(*o.closed)
+    found = gpu.coefficients(Mapping(X2, *parameters), **options)
     return {
-        "seam": gpu.seam(o.H_res, o.H_post, o.X, o.f, *parameters, **options),
+        "seam": gpu.seam(o.closed, parameters, **options),
         "separate": (X2, gpu.pre(found[0], X2), *found),
     }
 
 
 def backward(kernels, o, partial, X2, H_pre, y, inv_r, name):
     """Every function of backward that reads φ, from the given results of forward."""
-    mapping = X2, o.phi, o.alpha, o.bias, y, inv_r
-    opened = o.dh, o.dH_post, o.dH_res, H_pre, *mapping, partial
+    saved = Saved(X2, o.phi, o.alpha, o.bias, y, inv_r)
+    opened = Opened(o.dh, o.dH_post, o.dH_res, H_pre), saved, partial
     options = {"variant": variant_of(name), "eps": EPS}
     return {
         "coefficients": kernels.coefficients_backward(
-            o.dH_pre, o.dH_post, o.dH_res, *mapping, **options
+            (o.dH_pre, o.dH_post, o.dH_res), saved, **options
         ),
         "coefficients_pre": kernels.coefficients_pre_backward(*opened, **options),
-        "seam": kernels.seam_backward(*opened, o.H_res, o.H_post, o.X, o.f, **options),
+        "seam": kernels.seam_backward(*opened, o.closed, **options),
     }
 
 
@@ -160,8 +168,8 @@ def assert_truth(o, partial, name, results, gradients):
     exact = o.double()
     assert_close(
         (X2,),
-        (eager.post_res(o.H_res, o.H_post, o.X, o.f),),
-        (eager.post_res(exact.H_res, exact.H_post, exact.X, exact.f),),
+        (eager.post_res(*o.closed),),
+        (eager.post_res(*exact.closed),),
         "post_res",
     )
     # As h below, but from the same H_pre: without what that is allowed.
@@ -169,8 +177,8 @@ def assert_truth(o, partial, name, results, gradients):
     options = {"variant": variant_of(name), "eps": EPS}
     assert_close(
         opened,
-        eager.coefficients_pre(X2, o.phi, o.alpha, o.bias, **options),
-        eager.coefficients_pre(X2.double(), exact.phi, exact.alpha, exact.bias, **options),
+        eager.coefficients_pre(o.mapping(X2), **options),
+        eager.coefficients_pre(exact.mapping(X2.double()), **options),
         "coefficients_pre",
         floor_for(X2.dtype),
     )
@@ -185,9 +193,8 @@ def assert_truth(o, partial, name, results, gradients):
 def test_coefficients_pre_is_its_parts_bit_by_bit(interpreted):
     o = Operands.random("mhc", 4, BF16, 7, 13)
     options = {"variant": get_variant("mhc"), "eps": EPS}
-    parameters = o.X, o.phi, o.alpha, o.bias
-    h, *found = interpreted(gpu.coefficients_pre, *parameters, **options)
-    separate = interpreted(gpu.coefficients, *parameters, **options)
+    h, *found = interpreted(gpu.coefficients_pre, o.mapping(o.X), **options)
+    separate = interpreted(gpu.coefficients, o.mapping(o.X), **options)
     assert all(torch.equal(a, b) for a, b in zip(found, separate, strict=True))
     assert torch.equal(h, interpreted(gpu.pre, found[0], o.X))
 
@@ -251,7 +258,7 @@ def test_sinkhorn_of_logits_of_any_size(interpreted, name, n):
         o = Operands.random(name, n, BF16, 1, 8)
         o.alpha.zero_()
         o.bias[2 * n :] *= scale
-        *H, y, inv_r = interpreted(gpu.coefficients, o.X, o.phi, o.alpha, o.bias, **options)
+        *H, y, inv_r = interpreted(gpu.coefficients, o.mapping(o.X), **options)
         logits = o.bias[2 * n :].reshape(n, n).double().numpy()
         iterations = options["variant"].iterations
         if name == "mhc":
@@ -260,9 +267,10 @@ def test_sinkhorn_of_logits_of_any_size(interpreted, name, n):
             expected = truth.sinkhorn_v4(logits, iterations).T
         assert np.abs(H[2][0].double().numpy() - expected).max() < 2e-6
 
-        given = o.dH_pre, o.dH_post, o.dH_res, o.X, o.phi, o.alpha, o.bias, y, inv_r
-        dbias = interpreted(gpu.coefficients_backward, *given, **options)[3]
-        exact = eager.coefficients_backward(*(t.double() for t in given), **options)[3]
+        dH, saved = (o.dH_pre, o.dH_post, o.dH_res), Saved(*o.mapping(o.X), y, inv_r)
+        dbias = interpreted(gpu.coefficients_backward, dH, saved, **options)[3]
+        wide = [t.double() for t in dH], Saved(*(t.double() for t in saved))
+        exact = eager.coefficients_backward(*wide, **options)[3]
         assert (dbias - exact).abs().max() < 1e-5
 
 
@@ -270,3 +278,4 @@ def test_supported_streams():
     assert all(gpu.supports(dtype, n) for dtype in (BF16, F16, F32) for n in (2, 3, 4, 8, 10))
     assert not gpu.supports(torch.float64, 4)
     assert not gpu.supports(BF16, 16)
+    assert all(gpu.supports(BF16, n, variant) for variant, n in possible([2, 3, 4, 8, 10]))

@@ -22,6 +22,7 @@ from mhc_compile.kernels.cpu import backend as cpu
 from mhc_compile.kernels.gpu import backend as gpu
 from mhc_compile.kernels.gpu import projection, seam
 from mhc_compile.kernels.gpu.pre import dots
+from mhc_compile.kernels.operands import Closed, Mapping, Opened, Parameters, Saved
 from mhc_compile.kernels.variants import get_variant
 
 from ..operands import EPS, random_site
@@ -44,13 +45,13 @@ class Tokens(NamedTuple):
     inv_r: Tensor
 
     @property
-    def closed(self) -> tuple[Tensor, ...]:
-        return self.H_res, self.H_post, self.X, self.f
+    def closed(self) -> Closed:
+        return Closed(self.H_res, self.H_post, self.X, self.f)
 
-    def opened(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def opened(self, *parameters: Tensor) -> tuple[Opened, Saved, Tensor]:
         """What the backward of coefficients and pre takes."""
-        given = self.f, self.H_post, self.H_res, self.H_post, self.X
-        return *given, *parameters, self.y, self.inv_r, self.X
+        opened = Opened(self.f, self.H_post, self.H_res, self.H_post)
+        return opened, Saved(self.X, *parameters, self.y, self.inv_r), self.X
 
     @property
     def projected(self) -> dict[str, Tensor]:
@@ -67,8 +68,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "pre_backward": lambda k, t, *_: k.pre_backward(t.f, t.H_post, t.X),
     "post_res": lambda k, t, *_: k.post_res(*t.closed),
     "post_res_backward": lambda k, t, *_: k.post_res_backward(t.X, *t.closed),
-    "coefficients_pre": lambda k, t, *p: k.coefficients_pre(t.X, *p, **SETTINGS),
-    "seam": lambda k, t, *p: k.seam(*t.closed, *p, **SETTINGS),
+    "coefficients_pre": lambda k, t, *p: k.coefficients_pre(Mapping(t.X, *p), **SETTINGS),
+    "seam": lambda k, t, *p: k.seam(t.closed, Parameters(*p), **SETTINGS),
 }
 
 # The other half of expand and readout is the same C++; coefficients and pre by themselves are
@@ -78,7 +79,7 @@ CPU_CALLS = {
     "coefficients_pre_backward": lambda k, t, *p: k.coefficients_pre_backward(
         *t.opened(*p), **SETTINGS
     ),
-    "seam_backward": lambda k, t, *p: k.seam_backward(*t.opened(*p), *t.closed, **SETTINGS),
+    "seam_backward": lambda k, t, *p: k.seam_backward(*t.opened(*p), t.closed, **SETTINGS),
 }
 
 # Of the backwards of coefficients only the kernels with streams: between them is a chain of a few
@@ -90,7 +91,7 @@ GPU_CALLS = {
         t.X, p[0], **t.projected, dh=t.f, H_pre=t.H_post, partial=t.X
     ),
     "seam_gradients": lambda _, t, *p: seam.seam_gradients(
-        t.f, t.H_post, t.X, p[0], *t.projected.values(), t.X, *t.closed
+        t.f, t.H_post, t.X, p[0], *t.projected.values(), t.X, t.closed
     ),
 }
 
@@ -99,7 +100,7 @@ def last_alone():
     """The last token, and φ, α, b."""
     site = random_site(PAPER, N, C, (1,)).to(BF16)
     parameters = site.mapping[1:]
-    _, H_post, H_res, y, inv_r = cpu.coefficients(site.X, *parameters, **SETTINGS)
+    _, H_post, H_res, y, inv_r = cpu.coefficients(site.mapping, **SETTINGS)
     return Tokens(site.X, site.f, H_res, H_post, y, inv_r), parameters
 
 

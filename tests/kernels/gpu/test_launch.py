@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mhc_compile.kernels import traffic
 from mhc_compile.kernels.gpu import backend as gpu
 from mhc_compile.kernels.gpu import launch, post_res, pre, projection, readout, seam, sums
+from mhc_compile.kernels.operands import Closed, Mapping, Opened, Parameters, Saved
 from mhc_compile.kernels.variants import get_variant
 
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::new_empty"}
@@ -48,18 +49,20 @@ SETTINGS = {"variant": get_variant("mhc"), "eps": 1e-6}
 def mapping(n, C):
     """φ, α, b of the paper's variant."""
     columns = n * n + 2 * n
-    return fake(n * C, columns), fake(3), fake(columns)
+    return Parameters(fake(n * C, columns), fake(3), fake(columns))
 
 
-def opened(T, n, C, front):
-    """What backwards of the coefficients take: H stands for H and its gradient alike."""
+def saved(T, n, C):
+    return Saved(streams(T, n, C), *mapping(n, C), fake(T, n * n + 2 * n), fake(T))
+
+
+def opened(T, n, C):
     H_res, H_post = coefficients(T, n)
-    front = (streams(T, C), H_post, H_res, H_post) if front == "h" else (H_post, H_post, H_res)
-    return *front, streams(T, n, C), *mapping(n, C), fake(T, n * n + 2 * n), fake(T)
+    return Opened(streams(T, C), H_post, H_res, H_post)
 
 
 def closed(T, n, C):
-    return *coefficients(T, n), streams(T, n, C), streams(T, C)
+    return Closed(*coefficients(T, n), streams(T, n, C), streams(T, C))
 
 
 PARTS = {
@@ -73,19 +76,21 @@ PARTS = {
 """Launchers that functions of a site are made of; one launch each."""
 
 SITE = {
-    "coefficients": lambda T, n, C: gpu.coefficients(streams(T, n, C), *mapping(n, C), **SETTINGS),
-    "coefficients_pre": lambda T, n, C: gpu.coefficients_pre(
-        streams(T, n, C), *mapping(n, C), **SETTINGS
+    "coefficients": lambda T, n, C: gpu.coefficients(
+        Mapping(streams(T, n, C), *mapping(n, C)), **SETTINGS
     ),
-    "seam": lambda T, n, C: gpu.seam(*closed(T, n, C), *mapping(n, C), **SETTINGS),
+    "coefficients_pre": lambda T, n, C: gpu.coefficients_pre(
+        Mapping(streams(T, n, C), *mapping(n, C)), **SETTINGS
+    ),
+    "seam": lambda T, n, C: gpu.seam(closed(T, n, C), mapping(n, C), **SETTINGS),
     "coefficients_backward": lambda T, n, C: gpu.coefficients_backward(
-        *opened(T, n, C, "H_pre"), **SETTINGS
+        (*coefficients(T, n)[1:] * 2, coefficients(T, n)[0]), saved(T, n, C), **SETTINGS
     ),
     "coefficients_pre_backward": lambda T, n, C: gpu.coefficients_pre_backward(
-        *opened(T, n, C, "h"), streams(T, n, C), **SETTINGS
+        opened(T, n, C), saved(T, n, C), streams(T, n, C), **SETTINGS
     ),
     "seam_backward": lambda T, n, C: gpu.seam_backward(
-        *opened(T, n, C, "h"), streams(T, n, C), *closed(T, n, C), **SETTINGS
+        opened(T, n, C), saved(T, n, C), streams(T, n, C), closed(T, n, C), **SETTINGS
     ),
 }
 """Functions of several launches."""

@@ -223,13 +223,11 @@ def test_any_strides_and_arguments_are_left_alone(n):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [strided, reversed_in_memory, repeated])
-def test_strides_are_those_of_the_fakes(layout, dtype):
-    logits, grad, a, b, c, d = (
+def test_strides_of_matmul_are_those_of_the_fake(layout, dtype):
+    a, b, c, d = (
         layout(torch.randn(shape, dtype=dtype))
-        for shape in [(3, 4, 4), (3, 4, 4), (2, 5, 3), (3, 4), (2, 3, 5), (2, 5, 4)]
+        for shape in [(2, 5, 3), (3, 4), (2, 3, 5), (2, 5, 4)]
     )
-    assert_strides_are_those_of_the_fake(sinkhorn_knopp, (logits, 5))
-    assert_strides_are_those_of_the_fake(sinkhorn_knopp_backward, (grad, logits, 5))
     assert_strides_are_those_of_the_fake(matmul, (a, b))
     assert_strides_are_those_of_the_fake(matmul, (c, d))
 
@@ -255,21 +253,6 @@ def test_not_a_number_stays_in_its_token(eps):
     for before, after in zip(clean, dirty, strict=True):
         assert after[4].isnan().any()
         torch.testing.assert_close(after[others], before[others], rtol=0, atol=0)
-
-
-def test_inference_mode_gives_the_same():
-    logits, x = torch.randn(5, 4, 4), torch.randn(5, 4, 6)
-    expected = matmul(sinkhorn_knopp(logits, 20), x)
-    with torch.inference_mode():
-        assert torch.equal(matmul(sinkhorn_knopp(logits, 20), x), expected)
-
-
-def test_two_runs_are_bit_equal():
-    logits, grad = torch.randn(1000, 4, 4), torch.randn(1000, 4, 4)
-    assert torch.equal(sinkhorn_knopp(logits, 20), sinkhorn_knopp(logits, 20))
-    assert torch.equal(
-        sinkhorn_knopp_backward(grad, logits, 20), sinkhorn_knopp_backward(grad, logits, 20)
-    )
 
 
 @pytest.mark.parametrize(

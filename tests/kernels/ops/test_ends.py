@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.library import opcheck
 
 from mhc_compile.kernels import eager, reference
 from mhc_compile.kernels.backends import implementation
@@ -10,9 +9,7 @@ from mhc_compile.kernels.ops import ends as readout_ops
 
 from ..operands import (
     IN_CPP_AND_EAGER,
-    assert_not_autocast,
     assert_same,
-    assert_strides_do_not_matter,
 )
 
 mhc = torch.ops.mhc
@@ -119,49 +116,6 @@ def test_head_is_as_exact_as_the_open_form(dtype):
     for a, b, t, scale in zip(ours, eager_form, true, scales, strict=True):
         assert a.dtype == b.dtype
         assert (a - t).norm() <= 2 * (b - t).norm() + 1e-6 * scale
-
-
-def operators(dtype=torch.float32):
-    head = head_operands(dtype=dtype)
-    found = mhc.head(*head, EPS, 1e-6, dtype)
-    X, x = (torch.randn(2, *shape).to(dtype).requires_grad_() for shape in ((4, 8), (8,)))
-    grads = [torch.randn_like(t) for t in found[:2]]
-    return {
-        "expand": (x, 4),
-        "readout": (X, "mean", dtype),
-        "readout_backward": (x, 4, "mean", dtype),
-        "head": (*(t.requires_grad_() for t in head), EPS, 1e-6, dtype),
-        "head_backward": (*grads, *(t.detach() for t in (*head, *found[1:]))),
-    }
-
-
-@pytest.mark.parametrize("name", list(operators()))
-def test_opcheck(name):
-    opcheck(getattr(mhc, name).default, operators()[name])
-
-
-def test_module_lists_its_operators():
-    assert all(f"mhc::{name}" in readout_ops.__doc__ for name in operators())
-
-
-def test_double_backward_of_the_head_raises():
-    operands = head_operands()
-    leaves = [t.requires_grad_() for t in operands]
-    (dX,) = torch.autograd.grad(fused_head(*leaves)[0].sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        dX.sum().backward()
-
-
-@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
-@pytest.mark.parametrize("name", list(operators()))
-def test_strides_do_not_matter(name, dtype):
-    assert_strides_do_not_matter(getattr(mhc, name), operators(dtype)[name])
-
-
-@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
-@pytest.mark.parametrize("name", list(operators()))
-def test_autocast_does_not_reach_into_operators(name, dtype):
-    assert_not_autocast(getattr(mhc, name), operators(dtype)[name])
 
 
 @pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)

@@ -2,17 +2,11 @@
 
 import pytest
 import torch
-from torch.library import opcheck
 
-from mhc_compile.kernels.ops import seam as seam_ops
 from mhc_compile.kernels.variants import get_variant
 
 from ..operands import (
     EPS,
-    IN_CPP_AND_EAGER,
-    assert_not_autocast,
-    assert_same,
-    assert_strides_do_not_matter,
     label,
     possible,
     random_site,
@@ -98,67 +92,3 @@ def test_backwards_equal_their_parts(variant, n, has_partial):
     both = mhc.seam_backward(*operands, H_res, H_post, X, f, variant.text, EPS)
     for a, b in zip((*opened, *both), (dX2, *rest, *rest, *closed), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-
-
-def operators(dtype=torch.float32):
-    """Every operator with operands; backwards with such as need no gradient."""
-    operands = closed_and_opened(PAPER, 4, 8, (2, 3), dtype)
-    H_res, H_post, X, f, *mapping = operands
-    X2, h, H_pre, *H, y, inv_r = separately(*operands, PAPER, dtype)
-    grads = (torch.randn_like(h), *(torch.randn_like(t) for t in H))
-    back = (*grads, H_pre, X2, *mapping, y, inv_r, torch.randn_like(X2))
-    needs = [t.clone().requires_grad_() for t in operands]
-    return {
-        "coefficients_pre": (*needs[2:3], *needs[4:], PAPER.text, EPS, torch.bfloat16),
-        "coefficients_pre_backward": (*back, PAPER.text, EPS),
-        "seam": (*needs, PAPER.text, EPS, torch.float32),
-        "seam_backward": (*back, H_res, H_post, X, f, PAPER.text, EPS),
-    }
-
-
-@pytest.mark.parametrize("name", list(operators()))
-def test_opcheck(name):
-    opcheck(getattr(mhc, name).default, operators()[name])
-
-
-@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
-@pytest.mark.parametrize("name", list(operators()))
-def test_strides_do_not_matter(name, dtype):
-    assert_strides_do_not_matter(getattr(mhc, name), operators(dtype)[name])
-
-
-@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
-@pytest.mark.parametrize("name", list(operators()))
-def test_autocast_does_not_reach_into_operators(name, dtype):
-    assert_not_autocast(getattr(mhc, name), operators(dtype)[name])
-
-
-@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
-def test_gradients_under_autocast_are_those_without(dtype):
-    operands = closed_and_opened(PAPER, 4, 8, (3,), dtype)
-    grads = [torch.randn_like(t) for t in mhc.seam(*operands, PAPER.text, EPS, dtype)[:5]]
-
-    def results():
-        leaves = [t.detach().clone().requires_grad_() for t in operands]
-        opened = mhc.coefficients_pre(leaves[2], *leaves[4:], PAPER.text, EPS, dtype)[:4]
-        closed = mhc.seam(*leaves, PAPER.text, EPS, dtype)[:5]
-        outputs = (*opened, *closed)
-        return [*outputs, *torch.autograd.grad(outputs, leaves, [*grads[1:], *grads])]
-
-    plain = results()
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = results()
-    assert_same(inside, plain)
-
-
-@pytest.mark.parametrize("name", ["coefficients_pre_backward", "seam_backward"])
-def test_double_backward_raises(name):
-    operands = [t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in operators()[name]]
-    output = getattr(mhc, name)(*operands)
-    with pytest.raises(RuntimeError, match="double backward"):
-        output[0].sum().backward()
-
-
-def test_module_lists_its_operators():
-    named = {name for name in operators() if f"mhc::{name}" in seam_ops.__doc__}
-    assert named == set(operators())

@@ -2,18 +2,12 @@
 
 import pytest
 import torch
-from torch.library import opcheck
 
 from mhc_compile.kernels import reference
-from mhc_compile.kernels.ops import site as site_ops
 from mhc_compile.kernels.variants import get_variant
 
 from ..operands import (
     EPS,
-    IN_CPP_AND_EAGER,
-    assert_not_autocast,
-    assert_same,
-    assert_strides_do_not_matter,
     label,
     possible,
     random_site,
@@ -109,58 +103,6 @@ def test_two_runs_are_bit_equal():
 # --- what torch demands of an operator ------------------------------------------------------------
 
 
-def operators(dtype=torch.float32):
-    """Every operator with operands; backwards with such as need no gradient."""
-    site = random_site(PAPER, 4, 8, (2, 3)).to(dtype)
-    H_pre, H_post, H_res, y, inv_r = mhc.coefficients(*site.mapping, PAPER.text, EPS)
-    grads = (torch.randn_like(H_pre), torch.randn_like(H_post), torch.randn_like(H_res))
-    dh, dX2 = torch.randn_like(site.f), torch.randn_like(site.X)
-    needs = site.requires_grad()
-    return {
-        "coefficients": (*needs.mapping, PAPER.text, EPS),
-        "coefficients_backward": (*grads, *site.mapping, y, inv_r, PAPER.text, EPS),
-        "pre": (H_pre.requires_grad_(), needs.X, torch.bfloat16),
-        "pre_backward": (dh, H_pre.detach(), site.X),
-        "post_res": (H_res.requires_grad_(), H_post.requires_grad_(), needs.X, needs.f),
-        "post_res_backward": (dX2, H_res.detach(), H_post.detach(), site.X, site.f),
-    }
-
-
-@pytest.mark.parametrize("name", list(operators()))
-def test_opcheck(name):
-    opcheck(getattr(mhc, name).default, operators()[name])
-
-
-@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
-@pytest.mark.parametrize("name", list(operators()))
-def test_strides_do_not_matter(name, dtype):
-    assert_strides_do_not_matter(getattr(mhc, name), operators(dtype)[name])
-
-
-@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
-@pytest.mark.parametrize("name", list(operators()))
-def test_autocast_does_not_reach_into_operators(name, dtype):
-    assert_not_autocast(getattr(mhc, name), operators(dtype)[name])
-
-
-@pytest.mark.parametrize("dtype", IN_CPP_AND_EAGER, ids=str)
-def test_gradients_under_autocast_are_those_without(dtype):
-    site = random_site(PAPER, 4, 6, (3,)).to(dtype).requires_grad()
-    weights = weights_for(site)
-    plain = results(site_of_operators, site, PAPER, weights=weights)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = results(site_of_operators, site, PAPER, weights=weights)
-    assert_same(inside, plain)
-
-
-@pytest.mark.parametrize("name", [name for name in operators() if "backward" in name])
-def test_double_backward_raises(name):
-    operands = [t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in operators()[name]]
-    output = getattr(mhc, name)(*operands)
-    with pytest.raises(RuntimeError, match=r"double backward.*disabled=\('fuse_coefficients',\)"):
-        output[0].sum().backward()
-
-
 def test_compiles_without_a_break():
     site = random_site(PAPER, 4, 8, (5,)).to(torch.float32).requires_grad()
     weights = weights_for(site)
@@ -186,8 +128,3 @@ def test_shapes_that_do_not_fit_raise():
         mhc.pre(H_pre[1:], X, X.dtype)
     with pytest.raises(ValueError, match="mhc::post_res takes"):
         mhc.post_res(H_res, H_post, X, site.f[:, 1:])
-
-
-def test_module_lists_its_operators():
-    named = {name for name in operators() if f"mhc::{name}" in site_ops.__doc__}
-    assert named == set(operators())
