@@ -123,7 +123,7 @@ def main(before: Path | None) -> None:
     results = {"machine": harness.machine(), "calls": calls}
     print(document(results))
     if not before:
-        harness.write("calls", results, "calls", document(results))
+        harness.write("calls", results, calls=document(results))
 
 
 def _importing(root: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ Run from the root of the repository, as modules: `python -m benchmarks.kernels`.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -54,6 +55,13 @@ def in_turn(
         for name, step in steps.items():
             seconds[name].append(clock(step))
     return seconds
+
+
+def second_run(step: Callable[[], Any]) -> float:
+    """Seconds of a step right after the same step: its data is in the caches."""
+    step()
+    gc.collect()
+    return elapsed(step)
 
 
 def ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
@@ -128,15 +136,18 @@ def read(name: str) -> Any:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def write(name: str, results: Any, page: str = "", text: str = "") -> None:
-    """`results/{name}.json`, and `docs/{page}.md` if there is a page."""
+def write(name: str, results: Any, **pages: str) -> None:
+    """`results/{name}.json`, and each page to `docs/` under its name."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    if page:
+    for page, text in pages.items():
         (DOCS / f"{page}.md").write_text(text, encoding="utf-8")
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of Markdown: the first column is words, the others are numbers."""
-    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    lines = [
+        f"| {' | '.join(heads)} |".replace("|  |", "| |"),
+        f"|---|{'---:|' * (len(heads) - 1)}",
+    ]
     return lines + [f"| {' | '.join(row)} |" for row in rows]
