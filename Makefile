@@ -61,7 +61,7 @@ fuzz: $(STAMP)
 	MHC_FUZZ_SEED=$(SEED) $(if $(N),MHC_FUZZ_EXAMPLES=$(N),MHC_FUZZ_MINUTES=$(MINUTES)) $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 0 tests/fuzz
 
 mutants: $(STAMP)
-	$(BIN)/python tests/mutations.py
+	$(BIN)/python -m tests.mutations
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.scale
