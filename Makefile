@@ -20,7 +20,7 @@ help:
 	@echo "make fuzz      new random residual programs for some minutes (MINUTES=$(MINUTES)), or N=… of them;"
 	@echo "               SEED=… for those of an earlier run, which prints its own"
 	@echo "make mutants   deliberate mistakes in the passes, each of which a test must notice"
-	@echo "make bench     time and scale of transform()"
+	@echo "make bench     time and scale of transform(), and Python calls of it and of a step"
 	@echo "make speed     one site, and whole models, against plain ones and against peers"
 	@echo "make kernels-table   registers, stack, spills and bytes of every Triton kernel, no GPU needed"
 
@@ -65,6 +65,7 @@ mutants: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.calls
 
 speed: $(STAMP)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
