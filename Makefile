@@ -20,7 +20,7 @@ help:
 	@echo "make fuzz      new random residual programs for some minutes (MINUTES=$(MINUTES)), or N=… of them;"
 	@echo "               SEED=… for those of an earlier run, which prints its own"
 	@echo "make mutants   deliberate mistakes in the passes, each of which a test must notice"
-	@echo "make bench     time and scale of transform()"
+	@echo "make bench     time and scale of transform(), and Python calls of it and of a step"
 	@echo "make speed     one site, and whole models, against plain ones and against peers"
 	@echo "make kernels-table   registers, stack, spills and bytes of every Triton kernel, no GPU needed"
 
@@ -54,27 +54,28 @@ versions:
 zoo: $(STAMP)
 	MHC_ZOO=all $(BIN)/python -m pytest -n 2 --timeout 0 tests/zoo \
 		--deselect tests/zoo/test_rotation.py::test_streams_take_turns_in
-	$(BIN)/python benchmarks/rotation.py
-	$(BIN)/python benchmarks/zoo.py
+	$(BIN)/python -m benchmarks.rotation
+	$(BIN)/python -m benchmarks.zoo
 
 fuzz: $(STAMP)
 	MHC_FUZZ_SEED=$(SEED) $(if $(N),MHC_FUZZ_EXAMPLES=$(N),MHC_FUZZ_MINUTES=$(MINUTES)) $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 0 tests/fuzz
 
 mutants: $(STAMP)
-	$(BIN)/python tests/mutations.py
+	$(BIN)/python -m tests.mutations
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.calls
 
 speed: $(STAMP)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
-	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/recognize.py
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.recognize
 
 kernels-table: $(STAMP)
-	$(BIN)/python benchmarks/registers.py
-	$(BIN)/python benchmarks/traffic.py
+	$(BIN)/python -m benchmarks.registers
+	$(BIN)/python -m benchmarks.traffic
 
 clean:
 	rm -rf $(VENV) .versions build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """What a plain call pays for noticing hooks and forwards that were changed since the last one.
 
-    python benchmarks/hooks.py                 prints; a minute on one core
+    python -m benchmarks.hooks                 prints; a minute on one core
 
 Three copies of a transformed model take turns in one process: as it is; without guards on empty
 dictionaries of hooks; and without comparing forwards as well. The difference of two is the median
@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -26,25 +27,14 @@ import torch
 from torch import Tensor, nn
 
 import mhc_compile
+from benchmarks import harness
 from mhc_compile import _torch
 from mhc_compile.model import swap
+from tests.models import Block
 
 SIZES = {"tiny": (2, 32, 16), "small": (12, 256, 128)}
 """Layers, width, tokens."""
 TURNS = {"tiny": 300, "small": 30}
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mix, self.mix_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.mix(self.norm1(x)).chunk(3, -1)
-        x = x + self.mix_out(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
-        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
 
 
 def _without_guards() -> AbstractContextManager[Any]:
@@ -67,11 +57,24 @@ def _without_both() -> AbstractContextManager[Any]:
     return stack
 
 
-CONTESTANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+Settings = Callable[[], AbstractContextManager[Any]]
+CONTESTANTS: dict[str, Settings] = {
     "as it is": nullcontext,
     "without guards on hooks": _without_guards,
     "without comparing forwards": _without_both,
 }
+
+
+def step(model: nn.Module, x: Tensor, settings: Settings, train: bool) -> float:
+    """Seconds of the processor, without those of the settings."""
+
+    def run() -> None:
+        result = model(x)
+        if train:
+            result.sum().backward()
+
+    with settings(), torch.set_grad_enabled(train):
+        return harness.elapsed(run, time.thread_time)
 
 
 def measure(size: str, train: bool) -> None:
@@ -79,26 +82,20 @@ def measure(size: str, train: bool) -> None:
     x = torch.randn(1, tokens, width)
     plain = nn.Sequential(*(Block(width) for _ in range(layers)))
     model = mhc_compile.transform(plain, example_inputs=(x,))
-    models = {name: copy.deepcopy(model) for name in CONTESTANTS}
-    times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    for turn in range(TURNS[size] + 3):
-        for name, settings in CONTESTANTS.items():
-            with settings(), torch.set_grad_enabled(train):
-                start = time.thread_time()
-                result = models[name](x)
-                if train:
-                    result.sum().backward()
-                seconds = time.thread_time() - start
-            if turn >= 3:
-                times[name].append(seconds)
+    steps = {
+        name: partial(step, copy.deepcopy(model), x, settings, train)
+        for name, settings in CONTESTANTS.items()
+    }
+    harness.in_turn(steps, 3)
+    times = harness.in_turn(steps, TURNS[size], lambda step: step())
     names = list(CONTESTANTS)
-    step = statistics.median(times[names[0]])
+    median = statistics.median(times[names[0]])
     what = "step" if train else "call"
-    print(f"{size}, {layers} layers, width {width}, {tokens} tokens: {what} {1e3 * step:.2f} ms")
+    print(f"{size}, {layers} layers, width {width}, {tokens} tokens: {what} {1e3 * median:.2f} ms")
     for more, less in pairwise(names):
         differences = [a - b for a, b in zip(times[more], times[less], strict=True)]
         cost = statistics.median(differences)
-        print(f"  {less}: {1e6 * cost:+.0f} us less, {100 * cost / step:+.1f} %")
+        print(f"  {less}: {1e6 * cost:+.0f} us less, {100 * cost / median:+.1f} %")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One mHC site, forward and backward: this library's operators against every peer and a roofline.
 
-    python benchmarks/kernels.py                    writes results/kernels-cpu.json, docs/speed.md
-    python benchmarks/kernels.py --only n4-C512     cases whose name contains this; nothing written
-    python benchmarks/kernels.py --device cuda      adds Liger; writes results/kernels-cuda.json
+    python -m benchmarks.kernels                    writes results/kernels-cpu.json, docs/speed.md
+    python -m benchmarks.kernels --only n4-C512     cases whose name contains this; nothing written
+    python -m benchmarks.kernels --device cuda      adds Liger; writes results/kernels-cuda.json
 
 All contestants of a case run in one process, in turn, repeat after repeat; medians are reported.
 So are the rates of the roofline, a copy of a buffer of X's size and a matmul of 1024³. As in a
@@ -24,22 +24,27 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import CUDA_PEERS, MATMUL, OURS, PEERS, ROOFLINE, Case, Step, parts, products
-from machine import ALLOCATORS, machine
 
+from benchmarks import harness
+from benchmarks.contestants import (
+    CUDA_PEERS,
+    MATMUL,
+    OURS,
+    PEERS,
+    ROOFLINE,
+    Case,
+    Step,
+    parts,
+    products,
+)
+from benchmarks.harness import ALLOCATORS, in_turn, spread, table
 from mhc_compile.kernels.traffic import OPERATORS, traffic
 
-ROOT = Path(__file__).resolve().parent.parent
 CASES = {
     f"n{n}-C{C}-{str(dtype).removeprefix('torch.')}": (n, C, dtype)
     for dtype, C, n in itertools.product((torch.float32, torch.bfloat16), (512, 2048), (2, 4, 8))
@@ -56,27 +61,22 @@ LIMITS = (
     "dot instruction does two products at once, but φ or dy in two bfloat16 terms need two. The",
     "roofline above counts them at the rate of a bfloat16 matmul, the exact roofline here at",
     "that of a float32 one.",
-    "",
-    "| case | x⃗ φ | dy φᵀ | x⃗ᵀ dy | rows | sum | operators | operators / sum "
-    "| operators / exact roofline |",
-    f"|---|{'---:|' * 8}",
 )
 NOISE = 0.2
 ATTEMPTS = 5
-Seconds = dict[str, list[float]]
 
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
     """Medians in milliseconds, and what the roofline's rates make of the case."""
     makers = OURS | PEERS | (CUDA_PEERS if case.device == "cuda" else {}) | ROOFLINE
     steps, missing = _build(makers, case)
-    runs: list[Seconds] = []
-    while not runs or (_spread(runs[-1]["copy"]) > NOISE and len(runs) < ATTEMPTS):
-        runs.append(_in_turn(steps, repeats, _clock(case.device)))
-    seconds = min(runs, key=lambda run: _spread(run["copy"]))
+    runs: list[dict[str, list[float]]] = []
+    while not runs or (spread(runs[-1]["copy"]) > NOISE and len(runs) < ATTEMPTS):
+        runs.append(in_turn(steps, repeats, clock(case.device)))
+    seconds = min(runs, key=lambda run: spread(run["copy"]))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     alone, skinny, warm = (
-        _in_turn(some, repeats, _clock(case.device))
+        in_turn(some, repeats, clock(case.device))
         for some in (parts(case), products(case), {"copy": steps["copy"]})
     )
     return {
@@ -85,7 +85,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         "warm_copy_GB/s": 2 * case.n * case.row / statistics.median(warm["copy"]) * 1e-9,
         "parts": {name: _part(case, name, times) for name, times in alone.items()},
         "products_ms": {name: 1e3 * statistics.median(times) for name, times in skinny.items()},
-        "copy_spread": _spread(seconds["copy"]),
+        "copy_spread": spread(seconds["copy"]),
         "thrown_away": len(runs) - 1,
         "missing": missing,
     }
@@ -102,20 +102,7 @@ def _build(makers: dict[str, Any], case: Case) -> tuple[dict[str, Step], dict[st
     return steps, missing
 
 
-def _in_turn(steps: dict[str, Step], repeats: int, clock: Callable[[Step], float]) -> Seconds:
-    seconds: Seconds = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            seconds[name].append(clock(step))
-    return seconds
-
-
-def _clock(device: str) -> Callable[[Step], float]:
-    def cpu(step: Step) -> float:
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
-
+def clock(device: str) -> Callable[[Step], float]:
     def cuda(step: Step) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -124,12 +111,7 @@ def _clock(device: str) -> Callable[[Step], float]:
         torch.cuda.synchronize()
         return 1e-3 * begin.elapsed_time(end)
 
-    return cuda if device == "cuda" else cpu
-
-
-def _spread(times: Sequence[float]) -> float:
-    low, median, high = statistics.quantiles(times, n=4)
-    return (high - low) / median
+    return cuda if device == "cuda" else harness.elapsed
 
 
 def _roofline(case: Case, copy: float, matmul: float, exact_matmul: float) -> dict[str, float]:
@@ -167,7 +149,7 @@ def document(results: dict[str, Any]) -> str:
     lines = [
         "# The speed of one site on a CPU",
         "",
-        "`python benchmarks/kernels.py`: one mHC site, forward and backward, 1024 tokens; median",
+        "`python -m benchmarks.kernels`: one mHC site, forward and backward, 1024 tokens; median",
         f"milliseconds of {results['repeats']} repeats in which all contestants take turns. "
         f"Measured on {where['processor']},",
         f"{where['cores']} cores, torch {where['torch']}, Python {where['python']}. The seam form "
@@ -181,18 +163,14 @@ def document(results: dict[str, Any]) -> str:
     ]
     for allocator in ALLOCATORS:
         lines += ["", f"## Allocator: {allocator}", ""]
-        lines += [f"| case | {' | '.join(names)} | roofline | seam roofline | copy GB/s "]
-        lines[-1] += "| warm |"
-        lines += [f"|---|{'---:|' * (len(names) + 4)}"]
-        lines += [_row(case, r, names) for case, r in results[allocator].items()]
-    best = [_against_peers(case, r) for case, r in results["raised"].items()]
+        heads = ["case", *names, "roofline", "seam roofline", "copy GB/s", "warm"]
+        lines += table(heads, [_row(case, r, names) for case, r in results[allocator].items()])
+    raised = results["raised"]
     lines += ["", "## Times of others / operators, and of ours / roofline (allocator raised)", ""]
-    lines += [
-        "| case | reference, eager | fastest eager peer | reference, Inductor "
-        "| fastest compiled peer | operators / roofline | seams / seam roofline |"
-    ]
-    lines += [f"|---|{'---:|' * 6}", *best]
-    lines += ["", *_standing(results["raised"])]
+    heads = ["case", "reference, eager", "fastest eager peer", "reference, Inductor"]
+    heads += ["fastest compiled peer", "operators / roofline", "seams / seam roofline"]
+    lines += table(heads, [_against_peers(case, r) for case, r in raised.items()])
+    lines += ["", *_standing(raised)]
     lines += ["", "## Operator by operator (allocator raised)", ""]
     lines += [
         "Milliseconds, and the share of the copy rate at which the bytes that each has to move"
@@ -203,32 +181,33 @@ def document(results: dict[str, Any]) -> str:
         "the product is nothing) is a part of what has coefficients in its name, and of seams.",
         "",
     ]
-    detailed = {case: r for case, r in results["raised"].items() if "parts" in r}
+    detailed = {case: r for case, r in raised.items() if "parts" in r}
     names = list(next(iter(detailed.values()))["parts"])
-    lines += [f"| case | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
-    lines += [_parts(case, r) for case, r in detailed.items()]
-    lines += ["", *LIMITS]
-    lines += [_limit(case, r) for case, r in results["raised"].items()]
+    lines += table(["case", *names], [_parts(case, r) for case, r in detailed.items()])
+    lines += ["", *LIMITS, ""]
+    heads = ["case", "x⃗ φ", "dy φᵀ", "x⃗ᵀ dy", "rows", "sum", "operators"]
+    heads += ["operators / sum", "operators / exact roofline"]
+    lines += table(heads, [_limit(case, r) for case, r in raised.items()])
     return "\n".join([*lines, ""])
 
 
-def _row(case: str, result: dict[str, Any], names: Sequence[str]) -> str:
+def _row(case: str, result: dict[str, Any], names: Sequence[str]) -> list[str]:
     times, roof = result["milliseconds"], result["roofline"]
     noisy = " (noisy)" if result["copy_spread"] > NOISE else ""
     cells = [f"{times[n]:.2f}" if n in times else "—" for n in names]
     cells += [f"{roof[n]:.2f}" for n in OURS] + [f"{roof['copy_GB/s']:.1f}{noisy}"]
     cells += [f"{result['warm_copy_GB/s']:.1f}"]
-    return f"| {case} | {' | '.join(cells)} |"
+    return [case, *cells]
 
 
-def _against_peers(case: str, result: dict[str, Any]) -> str:
+def _against_peers(case: str, result: dict[str, Any]) -> list[str]:
     times = result["milliseconds"]
     ours = times["operators"]
     cells = []
     for form in ("eager", "Inductor"):
         cells += [f"{times[f'reference, {form}'] / ours:.1f}", f"{_fastest_peer(result, form):.1f}"]
     cells += [f"{times[name] / result['roofline'][name]:.2f}" for name in OURS]
-    return f"| {case} | {' | '.join(cells)} |"
+    return [case, *cells]
 
 
 AIMS = {"eager": 3.5, "Inductor": 1.7, "float32": 1.5, "bfloat16": 2.0}
@@ -264,56 +243,39 @@ def _aim(what: str, cases: int, missed: Sequence[str]) -> str:
     return f"- Aim: {what}. Reached in {cases - len(missed)} of {cases}{short}."
 
 
-def _limit(case: str, result: dict[str, Any]) -> str:
+def _limit(case: str, result: dict[str, Any]) -> list[str]:
     """Against products by a library and bytes at the rate of a copy, one after the other."""
     floor = [*result["products_ms"].values(), result["roofline"]["rows"]]
     ours = result["milliseconds"]["operators"]
     ratios = ours / sum(floor), ours / result["roofline"]["operators, exact"]
     cells = [f"{t:.2f}" for t in (*floor, sum(floor), ours, *ratios)]
-    return f"| {case} | {' | '.join(cells)} |"
+    return [case, *cells]
 
 
-def _parts(case: str, result: dict[str, Any]) -> str:
+def _parts(case: str, result: dict[str, Any]) -> list[str]:
     copy = result["roofline"]["copy_GB/s"]
     cells = [
         f"{part['milliseconds']:.2f}" + (f" ({part['GB/s'] / copy:.0%})" if "GB/s" in part else "")
         for part in result["parts"].values()
     ]
-    return f"| {case} | {' | '.join(cells)} |"
+    return [case, *cells]
 
 
 def main(device: str, only: str, repeats: int) -> None:
     chosen = [name for name in CASES if only in name]
-    results: dict[str, Any] = {"machine": machine(), "repeats": repeats}
+    results: dict[str, Any] = {"machine": harness.machine(), "repeats": repeats}
     allocators = ALLOCATORS if device == "cpu" else {"raised": {}}
     for allocator, settings in allocators.items():
         results[allocator] = {}
         for name in chosen:
             if allocator == "default" and CASES[name][0] != 4:
                 continue
-            results[allocator][name] = _in_process(name, device, repeats, settings)
+            command = ("--case", name, "--device", device, "--repeats", str(repeats))
+            results[allocator][name] = harness.run_self(*command, **settings)
             print(allocator, name, json.dumps(results[allocator][name]), flush=True)
-    if only:
-        return
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
-    text = json.dumps(results, indent=2) + "\n"
-    (folder / f"kernels-{device}.json").write_text(text, encoding="utf-8")
-    if device == "cpu":
-        (ROOT / "docs" / "speed.md").write_text(document(results), encoding="utf-8")
-
-
-def _in_process(name: str, device: str, repeats: int, settings: dict[str, str]) -> Any:
-    """The allocator reads its settings when a process starts."""
-    command = [sys.executable, __file__, "--case", name, "--device", device]
-    output = subprocess.run(
-        [*command, "--repeats", str(repeats)],
-        env=os.environ | settings,
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    ).stdout
-    return json.loads(output.splitlines()[-1])
+    if not only:
+        page = {"speed": document(results)} if device == "cpu" else {}
+        harness.write(f"kernels-{device}", results, **page)
 
 
 if __name__ == "__main__":
@@ -327,6 +289,6 @@ if __name__ == "__main__":
         n, C, dtype = CASES[arguments.case]
         tokens = 1024 if arguments.device == "cpu" else 16384
         case = Case(n, C, dtype, tokens, arguments.device)
-        print(json.dumps(measure(case, arguments.repeats)))
+        harness.show(measure(case, arguments.repeats))
     else:
         main(arguments.device, arguments.only, arguments.repeats)

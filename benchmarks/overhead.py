@@ -1,8 +1,8 @@
 """What mHC costs a whole model: training step, compile time, bytes kept for backward.
 
-    python benchmarks/overhead.py                   writes results/overhead.json, docs/overhead.md
-    python benchmarks/overhead.py --only gpt-n4     one setting; printed and not written
-    python benchmarks/overhead.py --work FOLDER     keeps settings there: an ended run can go on
+    python -m benchmarks.overhead                   writes results/overhead.json, docs/overhead.md
+    python -m benchmarks.overhead --only gpt-n4     one setting; printed and not written
+    python -m benchmarks.overhead --work FOLDER     keeps settings there: an ended run can go on
 
 The 6-layer GPT of `gpt.py` and a Hugging Face Llama of the same size, float32, 1024 tokens, plain
 and with n streams: by this library with all passes, with each pass off in turn, and by the
@@ -22,28 +22,23 @@ On two cores a run takes about half an hour, most of it for compiling.
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpt import GPT, V4GPT, VOCAB, WIDTH, LucidrainsGPT, llama
-from machine import ALLOCATORS, machine
 from torch import Tensor, nn
 
 import mhc_compile
+from benchmarks import harness
+from benchmarks.gpt import GPT, V4GPT, VOCAB, WIDTH, LucidrainsGPT, llama
 from mhc_compile.kernels.traffic import OPERATORS, traffic
 
-ROOT = Path(__file__).resolve().parent.parent
 PASSES = ("defer_norm", "fuse_coefficients", "fuse_seams")
 TOKENS = 1024
 COMPILATIONS = 3
@@ -108,9 +103,9 @@ def measure(setting: str, repeats: int) -> dict[str, Any]:
             rows[name] |= {"kept_MiB": _kept(module, ids) / 2**20}
             moved = _streams(compiled, SETTINGS[setting][1])
             rows[name] |= {"streams_MiB": moved and moved / 2**20}
-        seconds = _in_turn(steps, repeats)
+        seconds = harness.in_turn(steps, repeats, harness.second_run)
     for name, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, seconds[PLAIN], strict=True)]
+        ratios = harness.ratios(times, seconds[PLAIN])
         rows[name] |= {
             "step_ms": 1e3 * statistics.median(times),
             "step_ratio": statistics.median(ratios),
@@ -127,7 +122,7 @@ def _compilations(setting: str, folder: str) -> dict[str, dict[str, Any]]:
             if turn > 0 and name not in (PLAIN, OURS):
                 continue
             cache = os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{number}-{turn}"
-            compiled = _run_self("--setting", setting, "--compile", name)
+            compiled = _measured("--setting", setting, "--compile", name)
             found.setdefault(name, []).append({**compiled, "cache": cache})
     return {name: _median_compilation(rows) for name, rows in found.items()}
 
@@ -149,9 +144,7 @@ def compile_alone(setting: str, name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     try:
         module = contestants(*SETTINGS[setting])[name]()
-        start = time.perf_counter()
-        _step(module, _ids())()
-        seconds = time.perf_counter() - start
+        seconds = harness.elapsed(_step(module, _ids()))
     except Exception as error:
         if name.startswith((PLAIN, OURS)):
             raise
@@ -165,18 +158,6 @@ def _step(module: nn.Module, ids: Tensor) -> Callable[[], None]:
         module.zero_grad()
 
     return step
-
-
-def _in_turn(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            step()
-            gc.collect()
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def _kept(module: nn.Module, ids: Tensor) -> int:
@@ -222,7 +203,7 @@ def document(results: dict[str, Any]) -> str:
     lines = [
         "# What mHC costs a whole model",
         "",
-        "`python benchmarks/overhead.py`: 6 layers (12 sites), C 512, 1024 tokens, float32, every "
+        "`python -m benchmarks.overhead`: 6 layers (12 sites), C 512, 1024 tokens, float32, every "
         "contestant",
         "compiled; a step is forward and backward; medians (and quartiles) of "
         f"{results['repeats']} turns, the ratio",
@@ -239,16 +220,17 @@ def document(results: dict[str, Any]) -> str:
         model, n = SETTINGS[setting]
         lines += ["", f"## {model.capitalize() if model == 'llama' else 'GPT'}, n = {n}", ""]
         heads = ("step (ms)", "against plain", "compile (s)", "against plain", "kept (MiB)")
-        lines += [f"| | {' | '.join(heads)} | streams (MiB) |", f"|---|{'---:|' * 6}"]
-        lines += [_row(name, row, rows[PLAIN]) for name, row in rows.items()]
+        cells = [_row(name, row, rows[PLAIN]) for name, row in rows.items()]
+        lines += harness.table(["", *heads, "streams (MiB)"], cells)
         lines += ["", *_operator_lines(rows[OURS])]
     return "\n".join([*lines, ""])
 
 
-def _row(name: str, row: dict[str, Any], plain: dict[str, Any]) -> str:
+def _row(name: str, row: dict[str, Any], plain: dict[str, Any]) -> list[str]:
     if "error" in row:
-        return f"| {name} | {row['error']} | | | | | |"
-    cells = [
+        return [name, row["error"], "", "", "", "", ""]
+    return [
+        name,
         f"{row['step_ms']:.1f}",
         f"{row['step_ratio']:.2f} ({' to '.join(f'{q:.2f}' for q in row['step_ratio_quartiles'])})",
         f"{row['compile_s']:.1f}",
@@ -256,7 +238,6 @@ def _row(name: str, row: dict[str, Any], plain: dict[str, Any]) -> str:
         f"{row['kept_MiB']:.0f}",
         f"{row['streams_MiB']:.0f}" if row["streams_MiB"] else "",
     ]
-    return f"| {name} | {' | '.join(cells)} |"
 
 
 def _operator_lines(row: dict[str, Any]) -> list[str]:
@@ -274,39 +255,20 @@ def _operator_lines(row: dict[str, Any]) -> list[str]:
 
 
 def main(only: str, repeats: int, work: str | None) -> None:
-    settings = {name: _setting(name, repeats, work) for name in SETTINGS if only in name}
-    results = {"machine": machine(), "repeats": repeats, "settings": settings}
+    settings = {}
+    for name in SETTINGS:
+        if only in name:
+            command = ("--setting", name, "--repeats", str(repeats))
+            file = Path(work, f"{name}.json") if work else None
+            settings[name] = harness.kept(file, partial(_measured, *command))
+    results = {"machine": harness.machine(), "repeats": repeats, "settings": settings}
     print(document(results))
-    if only:
-        return
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
-    text = json.dumps(results, indent=2) + "\n"
-    (folder / "overhead.json").write_text(text, encoding="utf-8")
-    (ROOT / "docs" / "overhead.md").write_text(document(results), encoding="utf-8")
+    if not only:
+        harness.write("overhead", results, overhead=document(results))
 
 
-def _setting(name: str, repeats: int, work: str | None) -> Any:
-    kept = Path(work, f"{name}.json") if work else None
-    if kept is not None and kept.exists():
-        return json.loads(kept.read_text(encoding="utf-8"))
-    rows = _run_self("--setting", name, "--repeats", str(repeats))
-    if kept is not None:
-        kept.write_text(json.dumps(rows), encoding="utf-8")
-    return rows
-
-
-def _run_self(*arguments: str) -> Any:
-    """The allocator reads its settings when a process starts."""
-    print(*arguments, file=sys.stderr, flush=True)
-    output = subprocess.run(
-        [sys.executable, __file__, *arguments],
-        env=os.environ | ALLOCATORS["raised"],
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    ).stdout
-    return json.loads(output.splitlines()[-1])
+def _measured(*arguments: str) -> Any:
+    return harness.run_self(*arguments, **harness.ALLOCATORS["raised"])
 
 
 if __name__ == "__main__":
@@ -318,8 +280,8 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=11)
     arguments = parser.parse_args()
     if arguments.compile:
-        print(json.dumps(compile_alone(arguments.setting, arguments.compile)))
+        harness.show(compile_alone(arguments.setting, arguments.compile))
     elif arguments.setting:
-        print(json.dumps(measure(arguments.setting, arguments.repeats)))
+        harness.show(measure(arguments.setting, arguments.repeats))
     else:
         main(arguments.only, arguments.repeats, arguments.work)

@@ -1,7 +1,7 @@
 """What a model with hyper-connections of its own gains: DeepSeek-V4 under Inductor and under mhc.
 
-    python benchmarks/recognize.py                  writes results/recognize.json, docs/recognize.md
-    python benchmarks/recognize.py --work FOLDER    keeps caches and parts of the result there, so
+    python -m benchmarks.recognize                  writes results/recognize.json, docs/recognize.md
+    python -m benchmarks.recognize --work FOLDER    keeps caches and parts of the result there, so
                                                     that a run that was ended can go on
 
 `deepseek_v4` of Hugging Face transformers with random weights, 3 layers (6 connections, n = 4,
@@ -22,27 +22,22 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
-from machine import ALLOCATORS, machine
 from torch import Tensor, nn
 
 import mhc_compile
+from benchmarks import harness
 
-ROOT = Path(__file__).resolve().parent.parent
 LAYERS, WIDTH, TOKENS, VOCAB = 3, 512, 1024, 1024
 CONTESTANTS = {"Inductor alone": "inductor", "mhc_compile": "mhc"}
 AGAIN, REST = "mhc_compile, operators built", "Inductor, connections taken out"
@@ -149,15 +144,8 @@ def in_turn(folder: Path, repeats: int) -> dict[str, Any]:
                 "output_error": _error([output], [expected]),
                 "gradient_error": _error(*(_gradients(m) for m in (module, plain))),
             }
-    seconds: dict[str, list[float]] = {name: [] for name in modules}
-    for _ in range(repeats):
-        for name, module in modules.items():
-            step(module)
-            gc.collect()
-            start = time.perf_counter()
-            step(module)
-            seconds[name].append(time.perf_counter() - start)
-    for name, found in seconds.items():
+    steps = {name: partial(step, module) for name, module in modules.items()}
+    for name, found in harness.in_turn(steps, repeats, harness.second_run).items():
         rows[name] |= {
             "step_ms": 1e3 * statistics.median(found),
             "steps_ms": [1e3 * t for t in found],
@@ -186,7 +174,7 @@ def document(results: dict[str, Any]) -> str:
     lines = [
         "# A model that has hyper-connections already",
         "",
-        "`python benchmarks/recognize.py`: `deepseek_v4` of transformers "
+        "`python -m benchmarks.recognize`: `deepseek_v4` of transformers "
         f"{results['transformers']}, random weights,",
         f"{LAYERS} layers ({len(ours['recognised'])} connections, n = 4), C {WIDTH}, "
         f"{TOKENS} tokens, float32, compiled by Inductor alone and by",
@@ -200,9 +188,10 @@ def document(results: dict[str, Any]) -> str:
         f"Measured on {where['processor']} ({where['instructions']}), {where['cores']} cores, "
         f"torch {where['torch']}, Python {where['python']}.",
         "",
-        "| | step (ms) | compile (s) | output error | gradient error |",
-        "|---|---:|---:|---:|---:|",
-        *(_row(name, row) for name, row in rows.items()),
+        *harness.table(
+            ["", "step (ms)", "compile (s)", "output error", "gradient error"],
+            [_row(name, row) for name, row in rows.items()],
+        ),
         f"| ratio | {faster:.2f} times as fast | {compiling:.2f} of it | | |",
         "",
         *(
@@ -218,10 +207,9 @@ def document(results: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _row(name: str, row: dict[str, Any]) -> str:
+def _row(name: str, row: dict[str, Any]) -> list[str]:
     cells = {"step_ms": ".1f", "compile_s": ".1f", "output_error": ".0e", "gradient_error": ".0e"}
-    shown = (format(row[key], style) if key in row else "" for key, style in cells.items())
-    return f"| {name} | {' | '.join(shown)} |"
+    return [name, *(format(row[key], f) if key in row else "" for key, f in cells.items())]
 
 
 def _connections(rows: dict[str, Any]) -> str:
@@ -249,15 +237,13 @@ def main(work: Path, repeats: int) -> None:
     steps = _part(work / "steps.json", "--steps", str(work), "--repeats", str(repeats))
     rows = {name: row | steps.get(name, {}) for name, row in rows.items()}
     results = {
-        "machine": machine(),
+        "machine": harness.machine(),
         "transformers": hf.__version__,
         "repeats": repeats,
         "rows": rows,
     }
     print(document(results))
-    text = json.dumps(results, indent=2) + "\n"
-    (ROOT / "benchmarks" / "results" / "recognize.json").write_text(text, encoding="utf-8")
-    (ROOT / "docs" / "recognize.md").write_text(document(results), encoding="utf-8")
+    harness.write("recognize", results, recognize=document(results))
 
 
 def _file(name: str) -> str:
@@ -266,31 +252,9 @@ def _file(name: str) -> str:
 
 def _part(file: Path, *arguments: str) -> Any:
     """A part of the result, measured in a process of its own unless the file has it."""
-    if not file.exists():
-        print(*arguments, file=sys.stderr, flush=True)
-        threads = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # else compilers are not our children
-        output = subprocess.run(
-            [sys.executable, __file__, *arguments],
-            env=os.environ | ALLOCATORS["raised"] | threads,
-            stdout=subprocess.PIPE,
-            check=True,
-            text=True,
-        ).stdout
-        file.write_text(output.splitlines()[-1], encoding="utf-8")
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def run(arguments: argparse.Namespace, show: Callable[[Any], None]) -> None:
-    if arguments.compile:
-        show(compile_alone(arguments.compile))
-    elif arguments.steps:
-        show(in_turn(arguments.steps, arguments.repeats))
-    elif arguments.work:
-        arguments.work.mkdir(parents=True, exist_ok=True)
-        main(arguments.work, arguments.repeats)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            main(Path(folder), arguments.repeats)
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # else compilers are not our children
+    settings = harness.ALLOCATORS["raised"] | threads
+    return harness.kept(file, lambda: harness.run_self(*arguments, **settings))
 
 
 if __name__ == "__main__":
@@ -299,4 +263,14 @@ if __name__ == "__main__":
     parser.add_argument("--compile", help="measure the compile time of this backend and print it")
     parser.add_argument("--steps", type=Path, help="measure steps with the caches of this folder")
     parser.add_argument("--repeats", type=int, default=15)
-    run(parser.parse_args(), lambda result: print(json.dumps(result)))
+    arguments = parser.parse_args()
+    if arguments.compile:
+        harness.show(compile_alone(arguments.compile))
+    elif arguments.steps:
+        harness.show(in_turn(arguments.steps, arguments.repeats))
+    elif arguments.work:
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        main(arguments.work, arguments.repeats)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            main(Path(folder), arguments.repeats)

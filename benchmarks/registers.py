@@ -1,7 +1,7 @@
 """What Triton's compiler makes of every kernel, for GPUs that need not be there.
 
-    python benchmarks/registers.py          compiles what has changed since the table was written
-    python benchmarks/registers.py --all    compiles everything
+    python -m benchmarks.registers          compiles what has changed since the table was written
+    python -m benchmarks.registers --all    compiles everything
 
 Writes results/registers.json and docs/kernels.md.
 """
@@ -9,22 +9,18 @@ Writes results/registers.json and docs/kernels.md.
 import argparse
 import multiprocessing
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import triton
 from triton import knobs
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.harness import DOCS
+from tests.kernels import table
+from tests.kernels.compiled import GPUS, Compiled, compiled
+from tests.kernels.table import Case, Row
 
-from tests.kernels import table  # noqa: E402
-from tests.kernels.compiled import GPUS, Compiled, compiled  # noqa: E402
-from tests.kernels.table import Case, Row  # noqa: E402
-
-PAGE = ROOT / "docs" / "kernels.md"
+PAGE = DOCS / "kernels.md"
 
 
 def main() -> None:
@@ -75,7 +71,7 @@ def fresh(code: tuple[str, ...]) -> tuple[tuple[str, ...], Compiled]:
 INTRODUCTION = """\
 # Kernels in machine code
 
-`make kernels-table` (`python benchmarks/registers.py`). Every Triton kernel that the operators of a
+`make kernels-table` (`python -m benchmarks.registers`). Every Triton kernel that the operators of a
 site launch, with exactly the constants their launchers pick for C = 2560 and C = 4096, compiled by
 Triton {version} for GPUs that need not be there. **This is compilation, not a measurement on a
 GPU.** Registers, stack, spills, accesses and shared memory are read from the machine code, on AMD

@@ -1,7 +1,7 @@
 """Every model of tests/zoo in float64: equal to the plain one, perturbed, and the rotation test.
 
-    python benchmarks/rotation.py               all models, some seconds each
-    python benchmarks/rotation.py llama flux    only these
+    python -m benchmarks.rotation               all models, some seconds each
+    python -m benchmarks.rotation llama flux    only these
 
 A row is added, or replaced, as soon as it was measured: benchmarks/results/rotation.json has them
 all, docs/models.md is written from it. What a model fails at stands in its row, and then the
@@ -9,27 +9,22 @@ command fails. Models of timm and diffusers are measured where these are install
 """
 
 import copy
-import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
+from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import mhc_compile
+from benchmarks import harness
+from tests import checks
+from tests.zoo.models import ZOO, Model
+from tests.zoo.more import DIFFUSERS, MORE, TIMM
+from tests.zoo.rotation import assert_streams_take_turns
 
-import mhc_compile  # noqa: E402
-from tests import checks  # noqa: E402
-from tests.zoo.models import ZOO, Model  # noqa: E402
-from tests.zoo.more import DIFFUSERS, MORE, TIMM  # noqa: E402
-from tests.zoo.rotation import assert_streams_take_turns  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "rotation.json"
-TABLE = ROOT / "docs" / "models.md"
 MODELS = {entry.name: entry for entry in (*ZOO, *MORE)}
 ORDER = list(dict.fromkeys([*MODELS, *(entry.name for entry in (*TIMM, *DIFFUSERS))]))
 HEADER = """\
@@ -116,21 +111,16 @@ def versions_of(entry: Model) -> str:
     return f"torch {torch.__version__}, {library} {metadata.version(library)}"
 
 
-def write(rows: Mapping[str, Row]) -> None:
-    """The results as JSON and as a table, in the order of the zoo."""
-    ordered = [rows[name] for name in ORDER if name in rows]
-    RESULTS.write_text(json.dumps([asdict(row) for row in ordered], indent=2) + "\n", "utf-8")
-    passed = sum(not row.failed for row in ordered)
-    text = HEADER.format(passed=passed, count=len(ordered))
-    TABLE.write_text(text + "".join(row.markdown() + "\n" for row in ordered), "utf-8")
+def document(results: Sequence[dict[str, Any]]) -> str:
+    rows = [Row(**row) for row in results]
+    passed = sum(not row.failed for row in rows)
+    text = HEADER.format(passed=passed, count=len(rows))
+    return text + "".join(row.markdown() + "\n" for row in rows)
 
 
 def main(names: list[str]) -> bool:
     """Whether none of these models failed."""
-    rows: dict[str, Row] = {}
-    if RESULTS.exists():
-        known = json.loads(RESULTS.read_text(encoding="utf-8"))
-        rows = {row["name"]: Row(**row) for row in known}
+    rows = {row["name"]: Row(**row) for row in harness.read("rotation") or ()}
     for name in names or MODELS:
         entry = MODELS[name]
         try:
@@ -140,7 +130,8 @@ def main(names: list[str]) -> bool:
             rows[name] = Row(name, versions_of(entry), failed=reason)
         torch._dynamo.reset()
         print(rows[name].markdown(), flush=True)
-        write(rows)
+        results = [asdict(rows[name]) for name in ORDER if name in rows]
+        harness.write("rotation", results, models=document(results))
     return not any(rows[name].failed for name in names or MODELS)
 
 

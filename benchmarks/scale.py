@@ -1,7 +1,7 @@
 """What `transform` costs on deep models, against a bare Dynamo capture of the same model.
 
-    python benchmarks/scale.py                 all depths; writes results/scale.json, docs/scale.md
-    python benchmarks/scale.py --layers 10 20  only these depths, printed and not written
+    python -m benchmarks.scale                 all depths; writes results/scale.json, docs/scale.md
+    python -m benchmarks.scale --layers 10 20  only these depths, printed and not written
 
 Models are on the meta device: no memory, no computation, only tracing and passes. Both sides start
 from a fresh model and an empty Dynamo; their repeats take turns, and medians are reported, in
@@ -11,16 +11,11 @@ are those of the first call of the transformed model.
 """
 
 import argparse
-import dataclasses
 import gc
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -28,9 +23,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import mhc_compile
+from benchmarks import harness
 from mhc_compile._torch import FakeTensorMode
 
-ROOT = Path(__file__).resolve().parent.parent
 DEPTHS = (25, 50, 100, 300)
 WIDTH, VOCAB, BATCH, LENGTH = 256, 1000, 2, 64
 
@@ -103,8 +98,8 @@ class Row:
     def ratio(self) -> float:
         return self.transform / self.capture
 
-    def markdown(self) -> str:
-        cells = [
+    def cells(self) -> list[str]:
+        return [
             self.model,
             str(self.layers),
             f"{self.nodes:,}",
@@ -113,7 +108,6 @@ class Row:
             f"{self.ratio:.2f}",
             *(f"{milliseconds:.0f}" for milliseconds in self.passes.values()),
         ]
-        return f"| {' | '.join(cells)} |"
 
 
 def measure(name: str, layers: int, repeats: int) -> Row:
@@ -148,9 +142,7 @@ def inputs() -> Tensor:
 
 def timed(function: Callable[[nn.Module], Any], model: nn.Module) -> float:
     gc.collect()
-    start = time.process_time()
-    function(model)
-    return time.process_time() - start
+    return harness.elapsed(lambda: function(model), time.process_time)
 
 
 def transform(model: nn.Module) -> None:
@@ -172,21 +164,8 @@ def bare_capture(model: nn.Module) -> None:
 # --- the report -----------------------------------------------------------------------------------
 
 
-def machine() -> dict[str, str]:
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": str(os.cpu_count()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def document(rows: Sequence[Row], where: dict[str, str], repeats: int) -> str:
+def document(results: dict[str, Any]) -> str:
+    rows, where = [Row(**row) for row in results["rows"]], results["machine"]
     passes = list(rows[0].passes)
     columns = ["model", "layers", "nodes", "capture (s)", "transform (s)", "ratio"]
     columns += [f"{name} (ms)" for name in passes]
@@ -194,20 +173,18 @@ def document(rows: Sequence[Row], where: dict[str, str], repeats: int) -> str:
         [
             "# What `transform` costs on deep models",
             "",
-            "`python benchmarks/scale.py`: models on the meta device, so only tracing and passes "
+            "`python -m benchmarks.scale`: models on the meta device, so only tracing and passes "
             "take time.",
             "`capture` is a bare Dynamo capture of the plain model, `transform` all of "
             "`mhc_compile.transform`",
-            f"(its own capture included): processor time, medians of {repeats} repeats in turn. "
-            "The passes are",
+            "(its own capture included): processor time, medians of "
+            f"{results['repeats']} repeats in turn. The passes are",
             "those of the transformed model's first call.",
             "",
             f"Measured on {where['processor']}, {where['cores']} cores, torch {where['torch']}, "
             f"Python {where['python']}.",
             "",
-            f"| {' | '.join(columns)} |",
-            f"|---|{'---:|' * (len(columns) - 1)}",
-            *(row.markdown() for row in rows),
+            *harness.table(columns, [row.cells() for row in rows]),
             "",
         ]
     )
@@ -221,17 +198,11 @@ def main(layers: Sequence[int] | None, repeats: int) -> None:
     for name in MODELS:
         for depth in layers or DEPTHS:
             rows.append(measure(name, depth, repeats))
-            print(rows[-1].markdown(), flush=True)
-    if layers:
-        return
-    where = machine()
-    results = {"machine": where, "repeats": repeats, "rows": [dataclasses.asdict(r) for r in rows]}
-    for file, text in {
-        ROOT / "benchmarks" / "results" / "scale.json": json.dumps(results, indent=2) + "\n",
-        ROOT / "docs" / "scale.md": document(rows, where, repeats),
-    }.items():
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+            print(*rows[-1].cells(), flush=True)
+    if not layers:
+        rows = [asdict(row) for row in rows]
+        results = {"machine": harness.machine(), "repeats": repeats, "rows": rows}
+        harness.write("scale", results, scale=document(results))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,14 @@
 """Bytes and operations of every operator, and times PREDICTED from them.
 
-    python benchmarks/traffic.py
+    python -m benchmarks.traffic
 
 Computes, measures nothing. Writes docs/traffic.md.
 """
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from mhc_compile.kernels.traffic import (  # noqa: E402
+from benchmarks.harness import DOCS
+from mhc_compile.kernels.traffic import (
     GPUS,
     KINDS,
     OPERATORS,
@@ -21,9 +17,9 @@ from mhc_compile.kernels.traffic import (  # noqa: E402
     predicted_seconds,
     traffic,
 )
-from tests.kernels import compiled  # noqa: E402
+from tests.kernels import compiled
 
-PAGE = ROOT / "docs" / "traffic.md"
+PAGE = DOCS / "traffic.md"
 
 TOKENS, STREAMS, WIDTHS = 16384, (4, 2, 8), (2560, 4096)
 
@@ -38,7 +34,7 @@ def main() -> None:
 INTRODUCTION = """\
 # Bytes, operations and predicted times
 
-`python benchmarks/traffic.py` (`make kernels-table`): what `kernels/traffic.py` says of each
+`python -m benchmarks.traffic` (`make kernels-table`): what `kernels/traffic.py` says of each
 operator with {tokens:,} tokens of bfloat16 streams and the n² + 2n columns of φ of the `mhc`
 variant. **Nothing here is measured on a GPU. Microseconds are PREDICTED**, by a roofline: launches
 one after the other, plus the slowest of device memory, last cache and matrix units. They are what

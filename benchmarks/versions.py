@@ -248,7 +248,7 @@ def measure(wanted: Versions, environment: Environment, processes: int) -> Row:
     except InstallError as error:
         row.failures = [str(error)]
         return row
-    machine = environment.ask("__import__('benchmarks.machine').machine.machine()")
+    machine = environment.ask("__import__('benchmarks.harness').harness.machine()")
     row.processor, row.cores = machine["processor"], machine["cores"]
     row.triton, row.numpy = environment.version("triton"), environment.version("numpy")
     start = time.perf_counter()

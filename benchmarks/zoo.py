@@ -1,7 +1,7 @@
 """Every model of tests/zoo under `backend="mhc"` with Inductor.
 
-    python benchmarks/zoo.py               all models, about a minute each on one core
-    python benchmarks/zoo.py llama t5      only these
+    python -m benchmarks.zoo               all models, about a minute each on one core
+    python -m benchmarks.zoo llama t5      only these
 
 The rows measured replace those of benchmarks/results/zoo.json; docs/zoo.md is written from it.
 
@@ -12,27 +12,22 @@ too: if its error is the same, the defect is Inductor's, otherwise the command f
 """
 
 import copy
-import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import mhc_compile
+from benchmarks import harness
+from tests import checks
+from tests.zoo.models import BY_NAME, Model
 
-import mhc_compile  # noqa: E402
-from benchmarks.scale import machine  # noqa: E402
-from tests import checks  # noqa: E402
-from tests.zoo.models import BY_NAME, Model  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 TOLERANCE = 1e-3
 # Inductor has random numbers of its own, which no eager run can repeat: use PyTorch's.
 OPTIONS = {"fallback_random": True}
@@ -146,29 +141,23 @@ def errors_of_inductor(
     return errors(checks.run(compiled, inputs), expected)
 
 
-def write(rows: Mapping[str, Row]) -> None:
-    """The results as JSON and as a table, in the order of the zoo."""
-    import transformers
-
-    where = {**machine(), "transformers": transformers.__version__}
-    ordered = [rows[name] for name in BY_NAME if name in rows]
-    results: dict[str, Any] = {"machine": where, "rows": [asdict(row) for row in ordered]}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    text = HEADER.format(**where) + "".join(row.markdown() + "\n" for row in ordered)
-    text += "".join(FOOTNOTE.format(**asdict(row)) for row in ordered if row.marked)
-    (ROOT / "docs" / "zoo.md").write_text(text, encoding="utf-8")
+def document(results: dict[str, Any]) -> str:
+    rows = [Row(**row) for row in results["rows"]]
+    text = HEADER.format(**results["machine"]) + "".join(row.markdown() + "\n" for row in rows)
+    return text + "".join(FOOTNOTE.format(**asdict(row)) for row in rows if row.marked)
 
 
 def main(names: list[str]) -> None:
-    rows: dict[str, Row] = {}
-    if RESULTS.exists():
-        known = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
-        rows = {row["name"]: Row(**row) for row in known}
+    known = harness.read("zoo") or {"rows": ()}
+    rows = {row["name"]: row for row in known["rows"]}
+    where = {**harness.machine(), "transformers": transformers.__version__}
     for name in names or BY_NAME:
-        rows[name] = measure(BY_NAME[name])
-        print(rows[name].markdown(), flush=True)
-        write(rows)
+        row = measure(BY_NAME[name])
+        print(row.markdown(), flush=True)
+        rows[name] = asdict(row)
+        ordered = [rows[name] for name in BY_NAME if name in rows]
+        results = {"machine": where, "rows": ordered}
+        harness.write("zoo", results, zoo=document(results))
 
 
 if __name__ == "__main__":

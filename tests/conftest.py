@@ -19,6 +19,7 @@ TESTS = Path(__file__).resolve().parent
 NOT_CORE = (
     *("fuzz", "zoo", "kernels", "mutations.py", "test_mutations.py", "test_scale.py"),
     *("test_layers.py", "test_comparisons.py", "test_packaging.py", "test_retrofit.py"),
+    *("test_calls.py", "test_benchmarks.py"),
 )
 CORE = ("kernels/test_eager.py", "kernels/test_ops.py", "kernels/test_post_res.py")
 """`pytest -m core`, which `make newest` and `make versions` run, is all but NOT_CORE, and CORE:

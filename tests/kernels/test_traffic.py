@@ -219,7 +219,7 @@ def test_seam_is_predicted_faster_than_its_parts():
 
 
 def test_page_is_what_the_script_writes_now():
-    """Otherwise: python benchmarks/traffic.py."""
+    """Otherwise: python -m benchmarks.traffic."""
     assert pages.PAGE.read_text(encoding="utf-8") == pages.page()
 
 

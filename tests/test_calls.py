@@ -1,0 +1,31 @@
+"""How many Python calls a step costs in this package: counts, which no other program disturbs.
+
+The bounds are what `python -m benchmarks.calls` counts, rounded up. A change that needs more calls
+raises them and says why; one that needs fewer lowers them, or the gain is lost again unseen.
+"""
+
+import pytest
+
+from benchmarks.calls import alone, total
+
+TRANSFORM = 14_300
+FIRST_FORWARD = {"plain call": 54_000, "compiled": 55_300}
+FIRST_BACKWARD = {"plain call": 480, "compiled": 2_850}
+STEADY_FORWARD = {"plain call": 470, "compiled": 325}
+STEADY_BACKWARD = {"plain call": 470, "compiled": 334}
+
+
+@pytest.mark.parametrize("form", ["plain call", "compiled"])
+def test_four_sites_take_no_more_calls_than(form: str) -> None:
+    counts = {stage: total(calls) for stage, calls in alone(form).items()}
+    bounds = {
+        "transform": TRANSFORM,
+        "first forward": FIRST_FORWARD[form],
+        "first backward": FIRST_BACKWARD[form],
+        "steady forward": STEADY_FORWARD[form],
+        "steady backward": STEADY_BACKWARD[form],
+    }
+    assert counts.keys() == bounds.keys()
+    assert {stage: n for stage, n in counts.items() if n > bounds[stage]} == {}
+    # Nothing was left uncounted: four sites call two operators each, forward and backward.
+    assert min(counts.values()) >= 4
