@@ -77,7 +77,7 @@ def test_inference_graphs_equal_the_open_form() -> None:
     fused = captured.partitioned()
     for rewritten in (*(captured.eagerly(disabled=off) for off in (*PREFIXES, *ALONE)), fused):
         assert max(error(captured.run(rewritten), truth)) < 1e-13
-    assert fused.operators("inference") == ["coefficients_pre", "seam", "post_res"]
+    assert fused.operators("inference") == ["expand", "coefficients_pre", "seam", "post_res", "readout"]
 
 
 def test_one_graph_for_all_sizes() -> None:
@@ -119,7 +119,7 @@ def test_one_graph_where_equal_sizes_are_written_in_two_ways() -> None:
             torch.testing.assert_close(output, captured.model(**call), rtol=1e-13, atol=1e-13)
     nodes = fused.graphs["forward"].graph.nodes
     operators = [op_name(node) for node in nodes if str(node.target).startswith("mhc.")]
-    assert operators == ["coefficients_pre", *["seam"] * 3, "post_res"]
+    assert operators == ["expand", "coefficients_pre", *["seam"] * 3, "post_res", "readout"]
 
 
 # --------------------------------------------------------------------------------------- history

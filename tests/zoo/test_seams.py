@@ -73,9 +73,9 @@ def assert_operators(rewritten: Rewritten, name: str) -> None:
     forward: list[str] = []
     for sites in chains:
         alone = ["coefficients_pre", "post_res"] * sites
-        forward += alone if between else ["coefficients_pre", *["seam"] * (sites - 1), "post_res"]
-    mirror = {"post_res": "post_res_backward", "seam": "seam_backward"}
-    mirror["coefficients_pre"] = "coefficients_pre_backward"
+        fused = ["coefficients_pre", *["seam"] * (sites - 1), "post_res"]
+        forward += ["expand", *(alone if between else fused), "readout"]
+    mirror = {name: f"{name}_backward" for name in forward} | {"expand": "readout"}
     assert rewritten.operators("forward") == forward
     assert rewritten.operators("backward") == [mirror[o] for o in reversed(forward)]
     for kind, names in zip(("forward", "backward"), between or (None, None), strict=True):
