@@ -214,14 +214,17 @@ class _Functional:
         target, args, kwargs = functional
         with self.graph.inserting_before(node):
             new = _call(self.graph, node, target, args, kwargs)
+            self._add(new)
             if _promotes(node):  # a write keeps the dtype of what it writes into
+                del new.meta["example_value"]
+                set_example_value(new)
                 new = _call(self.graph, node, "to", (new, dtype_of(node)), {})
+                self._show(new, new)
         self.index[new] = self.index[node]
         self.modes.set(new, self.modes.of(node))
         node.replace_all_uses_with(new)
         for user in [u for u in written.users if self.index.get(u, -1) > self.index[new]]:
             user.replace_input_with(written, new)
-        self._add(new)
         if self.root[written] in self.home:
             self.home[new] = self.home.pop(self.root[written])
         self.graph.erase_node(node)
