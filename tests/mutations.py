@@ -757,13 +757,6 @@ for node in between:
             "test_a_write_keeps_the_dtype_of_what_it_writes_into",
         ),
         (
-            "a copy converts dtypes no more",
-            "_functional_form",
-            "same and dtype_of(source) == dtype_of(into)",
-            "same",
-            "test_a_write_keeps_the_dtype_of_what_it_writes_into",
-        ),
-        (
             "what a sum is written into by out= is not told",
             "_remove_out",
             "_call(graph, node, 'copy_', (out, new), {})",
