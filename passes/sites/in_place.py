@@ -210,7 +210,6 @@ class _Functional:
         node.replace_all_uses_with(new)
         for user in [u for u in written.users if self.index.get(u, -1) > self.index[new]]:
             user.replace_input_with(written, new)
-        self._add(new)
         if self.root[written] in self.home:
             self.home[new] = self.home.pop(self.root[written])
         self.graph.erase_node(node)

@@ -253,3 +253,45 @@ def test_arguments_that_share_memory_are_written_as_they_stand() -> None:
     gm, context = captured(shared, x, x.view(x.shape))
     canonicalize(gm, context)
     assert "iadd" in operations(gm)
+
+
+def added_wider(m, x, wide):
+    y = m.a(x)
+    y += wide
+    return y * 1
+
+
+def copied_wider(m, x, wide):
+    y = m.a(x)
+    y.copy_(wide)
+    return y * 1
+
+
+@pytest.mark.parametrize("function", [added_wider, copied_wider])
+def test_a_write_keeps_the_dtype_of_what_it_writes_into(function: Callable[..., Tensor]) -> None:
+    gm, context = captured(function, stream(), stream().double())
+    canonicalize(gm, context)
+    gm.recompile()
+    (result,) = gm(*(node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")))
+    assert result.dtype is torch.float32
+
+
+def unrecorded(m, x):
+    """The gradient of y stays what it was, as if nothing had been written."""
+    y = m.a(x)
+    with torch.no_grad():
+        y.mul_(2)
+    return y * m.scale
+
+
+def recorded(m, x):
+    y = m.a(x)
+    y.mul_(2)
+    return y * m.scale
+
+
+def test_what_is_written_where_no_gradients_are_recorded_stays_a_write() -> None:
+    for function, stays in ((unrecorded, True), (recorded, False)):
+        gm, context = captured(function)
+        canonicalize(gm, context)
+        assert ("mul_" in operations(gm)) == stays
