@@ -203,8 +203,11 @@ class _Functional:
         assert isinstance(written, fx.Node) and functional is not None
         target, args, kwargs = functional
         write = Writer(node.prev, node)
-        # A write keeps the dtype of what it writes into.
-        new = write.cast(write.call(target, *args, **kwargs), dtype_of(node))
+        made = write.call(target, *args, **kwargs)
+        self._add(made)
+        new = write.cast(made, dtype_of(node))  # a write keeps the dtype of what it writes into
+        if new is not made:
+            self._show(new, new)
         self.index[new] = self.index[node]
         self.modes.set(new, self.modes.of(node))
         node.replace_all_uses_with(new)
