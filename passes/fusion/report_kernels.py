@@ -28,7 +28,7 @@ __all__ = ["emitted", "every_operator_is_reported", "report_kernels"]
 
 def report_kernels(gm: fx.GraphModule, context: Context) -> PassResult:
     """Report who computes the operators of a graph, and build what has to be built."""
-    found = context.operators = Counter((str(n.target), _implementation(n)) for n in _ours(gm))
+    found = context.operators = _counted(_ours(gm))
     notes = [f"{count} x {name}: {how}" for (name, how), count in sorted(found.items())]
     return PassResult(gm, changed=False, notes=notes)
 
@@ -37,6 +37,11 @@ def every_operator_is_reported(gm: fx.GraphModule, context: Context) -> list[str
     """As many operators were reported as there are."""
     there, reported = len(list(_ours(gm))), sum(context.operators.values())
     return [] if there == reported else [f"of {there} operators {reported} were reported"]
+
+
+def _counted(nodes: Iterator[fx.Node]) -> Counter[tuple[str, str]]:
+    """How many there are of each operator and implementation."""
+    return Counter((str(node.target), _implementation(node)) for node in nodes)
 
 
 def _ours(gm: fx.GraphModule) -> Iterator[fx.Node]:

@@ -69,7 +69,7 @@ def _recognize(gm: fx.GraphModule, context: Context) -> PassResult:
         found = write_backs(gm.graph)
     context.written_back = {product for w in found for product in w.products}
     rejected = [r for w in found if (r := _rejected(w)) is not None]
-    context.own += rejected
+    _noted(context, rejected)
     notes = [f"{len(found)} connections"]
     notes += [f"{split} biases split off projections"] if split else []
     notes += [f"{joined} projections joined"] if joined else []
@@ -82,6 +82,10 @@ def every_connection_is_read(gm: fx.GraphModule, context: Context) -> list[str]:
     said = {r.node for r in context.own if isinstance(r, Rejected)}
     unread = [w for w in write_backs(gm.graph) if said.isdisjoint(w.products) and _rejected(w)]
     return [f"nothing was said of the connection at {w.node.name}" for w in unread]
+
+
+def _noted(context: Context, rejected: list[Rejected]) -> None:
+    context.own += rejected
 
 
 def _respell(graph: fx.Graph, found: list[WriteBack]) -> tuple[int, int]:

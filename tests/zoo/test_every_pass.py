@@ -77,7 +77,13 @@ def test_inference_graphs_equal_the_open_form() -> None:
     fused = captured.partitioned()
     for rewritten in (*(captured.eagerly(disabled=off) for off in (*PREFIXES, *ALONE)), fused):
         assert max(error(captured.run(rewritten), truth)) < 1e-13
-    assert fused.operators("inference") == ["expand", "coefficients_pre", "seam", "post_res", "readout"]
+    assert fused.operators("inference") == [
+        "expand",
+        "coefficients_pre",
+        "seam",
+        "post_res",
+        "readout",
+    ]
 
 
 def test_one_graph_for_all_sizes() -> None:

@@ -13,7 +13,7 @@ from mhc_compile.kernels.variants import get_variant, parse_variant
 from mhc_compile.passes.context import Context, Options
 from mhc_compile.passes.fusion.fuse_coefficients import fuse_coefficients
 from mhc_compile.passes.recognition.recognize import recognize
-from mhc_compile.passes.sites.records import Reason, Rejected, Site
+from mhc_compile.passes.sites.records import FusedSite, Reason, Rejected
 
 from ..open_sites import EPS, WIDTH, assert_as_exact, operators, traced
 
@@ -139,7 +139,7 @@ def test_modules_that_follow_the_paper_are_sites(function: Any) -> None:
     assert made == ONE_SITE, notes
     assert variant_in(gm).text == text
     (site,) = context.own
-    assert isinstance(site, Site) and site.reason == f"recognised: {text}"
+    assert isinstance(site, FusedSite) and site.reason == f"recognised: {text}"
     assert site.width == WIDTH
     assert_as_exact(function, gm, function, inputs)
 
@@ -254,7 +254,7 @@ def test_a_near_miss_is_left_as_it_is_and_says_what_differs(name: str) -> None:
 
 def test_the_connection_that_the_near_misses_change_is_a_site() -> None:
     _, context, notes = recognized(changed(), leaves(SQUARE, *ONE))
-    assert [type(site) for site in context.own] == [Site], notes
+    assert [type(site) for site in context.own] == [FusedSite], notes
 
 
 def test_what_resembles_a_connection() -> None:
