@@ -507,7 +507,7 @@ if flipped:
         ),
         (
             "h is read from other streams",
-            "_fuse_forward",
+            "_pair",
             "(u for u in readers if u.args[1] is X)",
             "(u for u in readers)",
             "test_h_of_other_streams",
@@ -521,7 +521,7 @@ if flipped:
         ),
         (
             "a branch wider than its streams is fused",
-            "_fuse_forward",
+            "_pair",
             "torch.promote_types(dtype_of(X), dtype) is not dtype_of(X)",
             "False",
             "test_a_branch_wider_than_its_streams",
@@ -577,7 +577,7 @@ if flipped:
             "Fusion.apply",
             """\
 for node in between:
-    insert.move(node)
+    write.move(node)
 """,
             "pass",
             "test_a_state_that_is_read_out_in_the_middle",
@@ -609,14 +609,14 @@ for node in between:
         "passes/fusion/test_hoist_views.py",
         (
             "others that read the streams lose them",
-            "_hoist_all",
+            "_behind_post_res",
             "len(source.users) == 1",
             "True",
             "test_anything_else_stays",
         ),
         (
             "what is overwritten is read too late",
-            "_hoist_all",
+            "_behind_post_res",
             "ANY and len(source.users) == 1 and not touched",
             "ANY and len(source.users) == 1",
             "test_what_is_overwritten_before_the_view_is_not_read_behind_it",
@@ -655,11 +655,11 @@ for node in between:
         ),
     ),
     *_of(
-        "passes.sites.detect",
+        "passes.sites.find",
         "passes/graph/test_modes.py",
         (
             "a sum in two modes is a site",
-            "_Detector._visit_add",
+            "Finder._visit_add",
             "not self._in_one_mode(x, adds)",
             "False",
             "test_a_sum_in_two_modes_is_no_site",
@@ -678,14 +678,14 @@ for node in between:
         (
             "the coefficients of a site are computed in the mode of x",
             "_Widener._where_branch_begins",
-            "self.modes.of(site.x) == mode or self.modes.of(first).others != mode.others",
+            "self.modes.of(self.x[site]) == mode or self.modes.of(first).others != mode.others",
             "True",
             "",
         ),
         (
             "gradients stay on behind coefficients",
             "_Widener._writing",
-            "self.graph.call_function(self.modes.set_grad, (False,))",
+            "self._set_grad(False, before, recorded)",
             "None",
             "",
         ),
@@ -752,14 +752,14 @@ for node in between:
         (
             "a written tensor gets a wider dtype",
             "_Functional._replace",
-            "_promotes(node)",
-            "False",
+            "write.cast(made, dtype_of(node))",
+            "made",
             "test_a_write_keeps_the_dtype_of_what_it_writes_into",
         ),
         (
             "what a sum is written into by out= is not told",
             "_remove_out",
-            "_call(graph, node, 'copy_', (out, new), {})",
+            "write.call('copy_', out, new)",
             "new",
             "test_the_caller_sees_a_sum_written_by_out",
         ),

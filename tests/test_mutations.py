@@ -10,7 +10,7 @@ import pytest
 from tests.mutations import MUTATIONS, ROOT, Mutation
 
 PASSES = (
-    *("canonicalize", "in_place", "detect", "widen", "recognize", "defer_norm"),
+    *("canonicalize", "in_place", "find", "widen", "recognize", "defer_norm"),
     *("fuse_coefficients", "hoist_views", "fuse_seams"),
 )
 
