@@ -25,29 +25,29 @@ from torch import fx, nn
 
 from . import _torch
 from .capture import copy_graph, relabelled
-from .compiler import guard
+from .compiler import guard, history
+from .compiler.context import context_of, options_of, owners_in
 from .compiler.own import has_connections, rewrite
 from .compiler.partitioned import PartitionedPasses
 from .config import Config
-from .inspect import history
-from .model import swap
-from .model.backward import number_calls
-from .model.declare import Spec, collect, declaration_nodes
-from .model.hooks import errors_name_hooks
-from .passes.context import Context
-from .passes.errors import (
+from .errors import (
     ChainBrokenError,
     GraphBreakError,
     MhcError,
     NoSitesError,
     UnsupportedError,
 )
+from .model import callbacks, swap
+from .model.attach import DDP_COMES_LAST, attach
+from .model.backward_hooks import number_calls
+from .model.declare import Spec, collect, declaration_nodes
+from .model.hooks import errors_name_hooks
+from .passes.context import Context
 from .passes.pipeline import EXAMINE, PIPELINE
 from .passes.runner import HistoryEntry, Pass, run_pipeline
 from .passes.sites.canonicalize import canonicalize
 from .passes.sites.detect import detect
 from .passes.sites.records import identity_of, stack_of
-from .transform import DDP_COMES_LAST, attach, context_of, options_of, owners_in
 
 __all__ = ["check_options", "eager", "mhc"]
 
@@ -167,11 +167,12 @@ def _compile_graph(
         return _asking(runner, _may_stay_plain, Plain.of(gm, example_inputs, own))
     _refuse_constants(work)
     _require_agreement(own or {}, declared)
-    context = Context(
-        options_of(declared),
+    context = context_of(
+        work,
+        example_inputs,
+        *owners,
+        config=declared,
         grad_enabled=torch.is_grad_enabled(),
-        trainable=_trainable(work, example_inputs),
-        owners=owners_in(*owners),
         broken_at=_torch.break_reason(gm),
     )
     if "canonicalize" in declared.disabled:
@@ -321,13 +322,6 @@ def _erase_declarations(gm: fx.GraphModule) -> None:
             module.recompile()
 
 
-def _trainable(gm: fx.GraphModule, inputs: Sequence[Any]) -> frozenset[str]:
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    return frozenset(
-        p.name for p, v in zip(placeholders, inputs, strict=True) if isinstance(v, nn.Parameter)
-    )
-
-
 # --- options ------------------------------------------------------------------------------------
 
 
@@ -402,7 +396,7 @@ def _first_call_of_plain(
         )
     _check_whole(gm, module)
     work, captured = copy_graph(gm), copy_graph(gm)
-    context = context_of(work, example_inputs, module, config)
+    context = context_of(work, example_inputs, module, config=config)
     work, _ = run_pipeline(work, context, PIPELINE[:2], disabled=config.disabled)
     detection = context.detection
     if detection is None or not detection.sites:
@@ -417,7 +411,8 @@ def _first_call_of_plain(
 
     def first_call(*inputs: Any) -> Any:
         model, values, graph, context, detection = waiting.pop()
-        extra = _add_inputs(graph, detection, attach(model, graph, values, detection, config))
+        found = guard.witnesses(model, graph.graph, values, detection)
+        extra = _add_inputs(graph, detection, attach(model, graph, detection, found, config))
         rewritten, entries = run_pipeline(graph, context, PIPELINE[2:])
         history.record(captured, rewritten, entries, context, [*values, *extra])
         return _run_eagerly(rewritten, [*values, *extra])(*inputs, *extra)
@@ -562,3 +557,6 @@ def _check_whole(gm: fx.GraphModule, module: nn.Module) -> None:
             "(torch.compile(..., fullgraph=True) shows it). Has it hyper-connections of its own, "
             "pass options={'n': 1}: nothing is added."
         )
+
+
+callbacks.eager, callbacks.mhc, callbacks.check_options = eager, mhc, check_options

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import Config
+from .errors import CheckpointError, NotTransformedError
 from .model.connection import (
     ENTRY,
     Connection,
@@ -30,7 +31,7 @@ from .model.connection import (
 )
 from .model.pending import is_pending, refuse_pending, then
 from .model.swap import is_swapped
-from .passes.errors import CheckpointError, NotTransformedError
+from .transform import revert, transform
 
 CONFIG_FILE = "mhc_config.json"
 WEIGHTS_FILE = "mhc_model.safetensors"
@@ -100,8 +101,6 @@ def load(model: Model, folder: str | PathLike[str], *, example_inputs: Any = Non
 
 def restore(model: Model, saved: Saved, *, example_inputs: Any = None) -> Model:
     """`load` behind the reading of the folder."""
-    from .transform import revert, transform
-
     transform(model, n=saved.config.n, example_inputs=example_inputs, config=saved.config)
     if is_pending(model):
         then(model, partial(_load_weights, saved=saved))

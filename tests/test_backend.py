@@ -19,8 +19,8 @@ from torch import nn
 import mhc_compile
 from mhc_compile import _torch
 from mhc_compile.backend import mhc
+from mhc_compile.errors import MhcError
 from mhc_compile.model.swap import is_swapped
-from mhc_compile.passes.errors import MhcError
 from mhc_compile.passes.pipeline import PIPELINE, REQUIRED
 from tests import checks
 from tests.checks import perturb

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.optim.swa_utils import AveragedModel
 
 import mhc_compile
-from mhc_compile.passes.errors import CheckpointError, ExampleInputsError, NotTransformedError
+from mhc_compile.errors import CheckpointError, ExampleInputsError, NotTransformedError
 from mhc_compile.persistence import CONFIG_FILE, WEIGHTS_FILE
 from tests.checks import assert_moves
 

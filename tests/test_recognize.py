@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
 from mhc_compile import Config, Reason, _torch
+from mhc_compile.errors import NoSitesError, NotTransformedError, UnsupportedError
 from mhc_compile.model.swap import is_swapped
-from mhc_compile.passes.errors import NoSitesError, NotTransformedError, UnsupportedError
 from tests.checks import assert_moves, gradient_error, output_error, run
 from tests.zoo import hyper
 from tests.zoo.rewritten import partition

@@ -16,12 +16,12 @@ from torch import fx, nn
 
 from ..capture import copy_graph
 from ..config import Config
+from ..errors import UnsupportedError
 from ..passes.context import Context
-from ..passes.errors import UnsupportedError
 from ..passes.pipeline import OWN
 from ..passes.runner import HistoryEntry, run_pipeline
 from ..passes.sites.records import Site
-from ..transform import options_of
+from .context import options_of
 
 __all__ = ["connections", "has_connections", "rewrite"]
 

@@ -17,11 +17,11 @@ from torch import fx
 
 from .. import _torch
 from ..config import Config
-from ..inspect import history
 from ..passes.context import Context
 from ..passes.pipeline import PARTITIONED
 from ..passes.runner import HistoryEntry, run_pipeline
-from ..transform import options_of
+from . import history
+from .context import options_of
 
 __all__ = ["PartitionedPasses", "digest", "sources"]
 

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import _torch
+from ..compiler.history import RewrittenGraph, graphs
+from ..errors import CheckError, MhcError, NotCapturedError, NotTransformedError
 from ..model import initial, swap
 from ..model.connection import Connection, Connections, StreamParameters
 from ..model.declare import Spec
 from ..model.pending import is_pending
-from ..passes.errors import CheckError, MhcError, NotCapturedError, NotTransformedError
-from .history import RewrittenGraph, graphs
 
 __all__ = ["Check", "Step", "check"]
 

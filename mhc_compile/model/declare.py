@@ -18,8 +18,8 @@ from torch.library import custom_op
 
 from .. import _torch
 from ..config import Config
+from ..errors import ChainBrokenError, NotCapturedError
 from ..passes.context import Context, Declaration
-from ..passes.errors import ChainBrokenError, NotCapturedError
 from ..passes.sites.records import identity_of, stack_of
 
 __all__ = ["DeclaredSite", "Spec", "collect", "declaration_nodes", "declare"]

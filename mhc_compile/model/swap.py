@@ -19,6 +19,7 @@ Note [Replaced forwards]
 from __future__ import annotations
 
 import contextvars
+import copy
 import functools
 import types
 import weakref
@@ -31,9 +32,9 @@ import torch
 from torch import fx, nn
 
 from .. import _torch
-from ..passes.errors import MhcError, NotCapturedError, UnsupportedError
-from . import adapters
-from .backward import traced_backward_hooks
+from ..errors import MhcError, NotCapturedError, UnsupportedError
+from . import adapters, callbacks
+from .backward_hooks import traced_backward_hooks
 from .connection import refuse_other_state
 from .declare import Spec, declare
 from .hooks import errors_name_hooks
@@ -311,11 +312,9 @@ class _CompiledCall:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        from ..backend import eager
-
         self.module, self.forwards = weakref.ref(module), Forwards(module)
         bound = module.__dict__.get("forward") or types.MethodType(type(module).forward, module)
-        self.call = _torch.compile_dynamo(bound, eager)
+        self.call = _torch.compile_dynamo(bound, callbacks.eager)
 
     def is_valid_for(self, module: nn.Module) -> bool:
         return self.module() is module and not self.forwards.changed()
@@ -393,9 +392,7 @@ def _compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
             "residuals. Use model.compile(backend='mhc'), which runs Inductor underneath."
         )
     if backend == "mhc":
-        from ..backend import check_options
-
-        check_options(kwargs.get("options"), Spec.from_json(self.__dict__[SPEC]).config)
+        callbacks.check_options(kwargs.get("options"), Spec.from_json(self.__dict__[SPEC]).config)
     _adopt_forward(self)
     _require_own_forward(type(self))
     nn.Module.compile(self, *args, **{**_torch.own_cache(), **kwargs})
@@ -524,8 +521,6 @@ def _deepcopy_graph_module(self: fx.GraphModule, memo: dict[int, Any]) -> fx.Gra
         if call is not None:
             self.__dict__[CALL] = call
     if "mhc" in self._modules and "mhc" not in copied._modules:
-        import copy
-
         copied._modules["mhc"] = copy.deepcopy(self._modules["mhc"], memo)
     swap(copied, spec)
     return copied

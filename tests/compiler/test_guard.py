@@ -21,11 +21,11 @@ from torch import Tensor, fx, nn
 import mhc_compile
 from mhc_compile import _torch, backend
 from mhc_compile.compiler import guard
+from mhc_compile.errors import ChainBrokenError
 from mhc_compile.model import declare as declaring
 from mhc_compile.model import swap
 from mhc_compile.model.declare import declaration_nodes
 from mhc_compile.model.swap import SPEC
-from mhc_compile.passes.errors import ChainBrokenError
 from mhc_compile.passes.sites import detect as detecting
 from mhc_compile.passes.sites import records as sites
 from tests import checks

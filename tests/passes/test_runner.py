@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
+from mhc_compile.errors import NoSitesError
 from mhc_compile.passes.context import PassResult
-from mhc_compile.passes.errors import NoSitesError
 from mhc_compile.passes.pipeline import PIPELINE
 from mhc_compile.passes.runner import Pass, run_pipeline
 

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .. import _torch
+from ..errors import NotCapturedError, NotTransformedError
 from ..model.connection import StreamParameters
+from ..model.pending import refuse_pending
 from ..passes.context import Context
-from ..passes.errors import NotCapturedError, NotTransformedError
 from ..passes.fusion.report_kernels import emitted
 from ..passes.runner import HistoryEntry
 from ..passes.sites.records import Site
@@ -98,8 +99,6 @@ def graphs(model: nn.Module) -> list[RewrittenGraph]:
         NotTransformedError: it is neither.
         NotCapturedError: it was not called yet.
     """
-    from ..model.pending import refuse_pending
-
     refuse_pending(model)
     found: dict[int, RewrittenGraph] = {}
     for parameter in model.parameters():
