@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
+from . import _torch
 from .capture import (
     GRAPH_NUMBER,
     CapturedGraph,
@@ -120,7 +121,7 @@ def revert(model: M) -> M:
         raise NotTransformedError(f"{type(model).__name__} is not transformed: nothing to revert.")
     for module in swapped:
         swap.restore(module)
-    model.__dict__.pop("_compiled_call_impl", None)  # compiled from the graphs that are gone
+    model.__dict__.pop(_torch.COMPILED_CALL, None)  # compiled from the graphs that are gone
     return model
 
 

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "mhc_compile" / "_torch.py"
-PASSES = ROOT / "passes" / "_torch.py"
+PASSES = ROOT / "passes" / "graph" / "_torch.py"
 SOURCE = FILE.read_text(encoding="utf-8")
 OWN = re.findall(r"^(?:def |class )?(_[a-zA-Z]\w*)(?= = |\(|:)", SOURCE, re.MULTILINE)
 HERE = Path(__file__).name

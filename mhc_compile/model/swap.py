@@ -114,14 +114,14 @@ def plainly(model: nn.Module) -> Iterator[None]:
         for module, cls, _, _ in kept:
             if (own := _users_forward(module)) is not None:
                 module.__dict__["forward"] = own
-            module.__dict__.pop("_compiled_call_impl", None)
+            module.__dict__.pop(_torch.COMPILED_CALL, None)
             module.__class__ = _without_swap(cls)
             module._modules.pop("mhc", None)  # for a forward that goes through its children
         yield
     finally:
         for module, cls, attributes, children in kept:
             module.__class__ = cls
-            for name in ("forward", "_compiled_call_impl"):
+            for name in ("forward", _torch.COMPILED_CALL):
                 if name in attributes:
                     module.__dict__[name] = attributes[name]
             added = {k: m for k, m in module._modules.items() if k not in children}
@@ -167,7 +167,7 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
         "_mhc_original": original,
         # From the start: transformers wraps the forward of a subclass when it is made.
         "forward": _declaring_forward(original, lambda: swapped),
-        "_compiled_call_impl": _checked_call,
+        _torch.COMPILED_CALL: _checked_call,
         "_replicate_for_data_parallel": _replicate,
         "compile": _compile,
         "_load_from_state_dict": _load_from_state_dict,
@@ -396,14 +396,14 @@ def _compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
     _adopt_forward(self)
     _require_own_forward(type(self))
     nn.Module.compile(self, *args, **{**_torch.own_cache(), **kwargs})
-    compiled, forwards = self.__dict__["_compiled_call_impl"], Forwards(self)
+    compiled, forwards = self.__dict__[_torch.COMPILED_CALL], Forwards(self)
 
     @functools.wraps(compiled)
     def call(*call_args: Any, **call_kwargs: Any) -> Any:
         _require_own_forward(type(self))
         if forwards.changed():
             self.compile(*args, **kwargs)
-            return self.__dict__["_compiled_call_impl"](*call_args, **call_kwargs)
+            return self.__dict__[_torch.COMPILED_CALL](*call_args, **call_kwargs)
         if _torch.is_functorch_active():
             _refuse_functorch(self)
         adapters.before_call(self, call_kwargs)
@@ -414,7 +414,7 @@ def _compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
             self.compile(*args, **kwargs)  # as in _call_as_root
             raise
 
-    self._compiled_call_impl = call
+    self.__dict__[_torch.COMPILED_CALL] = call
 
 
 def _refuse_export(*_: Any) -> None:
@@ -484,7 +484,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
         )
     state = self.__getstate__()
     if isinstance(state, dict):
-        left_out = (*OWN_ATTRIBUTES, "_compiled_call_impl")
+        left_out = (*OWN_ATTRIBUTES, _torch.COMPILED_CALL)
         forward = _users_forward(self)  # adopted again at the call
         own = {} if forward is None else {"forward": forward}
         state = {k: v for k, v in state.items() if k not in left_out} | own
