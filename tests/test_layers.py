@@ -2,7 +2,9 @@
 
 import ast
 import os
+import re
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,10 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("mhc_compile", "passes", "kernels")
 THIRD_PARTY = {
     "kernels": {"torch", "triton"},
-    "passes": {"torch", "networkx", "sympy"},
+    "passes": {"torch", "networkx"},
     "mhc_compile": {
-        *("torch", "triton", "networkx", "sympy", "numpy", "rich", "typer", "safetensors"),
-        *("jinja2", "transformers"),
+        *("torch", "triton", "networkx", "numpy", "rich", "safetensors", "jinja2"),
+        "transformers",
     },
 }
 # What a floor must not know, although torch carries it.
@@ -188,6 +190,13 @@ def test_each_floor_knows_only_its_own_libraries():
         if not known(floor, name) or name.startswith(FORBIDDEN[floor])
     ]
     assert wrong == []
+
+
+def test_every_base_dependency_is_used():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    required = tomllib.loads(text)["project"]["dependencies"]
+    names = {re.match(r"[\w-]+", line)[0] for line in required}
+    assert names == names & {name.split(".")[0] for _, _, name in all_imports()}
 
 
 def is_private(part: str) -> bool:
