@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ..capture import as_call, capture, copy_graph, infer_inputs, merge
 from ..compiler.context import context_of
-from ..compiler.own import connections
+from ..compiler.routes.own import connections
 from ..config import Config
 from ..errors import ExampleInputsError
 from ..model import swap

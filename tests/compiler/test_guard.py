@@ -20,7 +20,9 @@ from torch import Tensor, fx, nn
 
 import mhc_compile
 from mhc_compile import _torch, backend
-from mhc_compile.compiler import guard
+from mhc_compile.capture import copy_graph
+from mhc_compile.compiler import context, guard, known_graphs, request
+from mhc_compile.compiler.routes import declared
 from mhc_compile.errors import ChainBrokenError
 from mhc_compile.model import declare as declaring
 from mhc_compile.model import swap
@@ -55,14 +57,14 @@ def on_capture(change: Callable[[fx.GraphModule], None]) -> Breaking:
     """Change the graph as Dynamo hands it over."""
 
     def breaking(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
-        original = backend.copy_graph
+        original = backend.Request
 
-        def copied(gm: fx.GraphModule) -> fx.GraphModule:
-            work = original(gm)
-            change(work)
-            return work
+        def changed(gm: fx.GraphModule, *rest: Any) -> Any:
+            copied = copy_graph(gm)
+            change(copied)
+            return original(copied, *rest)
 
-        patch.setattr(backend, "copy_graph", copied)
+        patch.setattr(backend, "Request", changed)
 
     return breaking
 
@@ -187,24 +189,26 @@ def never_declares(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
 
 
 def identities_forgotten(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
-    for module in (sites, detecting, backend, declaring):
+    for module in (sites, detecting, request, known_graphs, declaring):
         if hasattr(module, "identity_of"):
             patch.setattr(module, "identity_of", lambda key: "0")
 
 
 def owners_forgotten(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(backend, "owners_in", lambda *models: {})
+    for module in (context, request):
+        patch.setattr(module, "owners_in", lambda *models: {})
 
 
 def owners_mistaken(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
     """Each module's identity leads to the path of another."""
-    original = backend.owners_in
+    original = context.owners_in
 
     def mistaken(*models: nn.Module) -> dict[str, Any]:
         found = dict(original(*models))
         return dict(zip(found, reversed(list(found.values())), strict=True))
 
-    patch.setattr(backend, "owners_in", mistaken)
+    for module in (context, request):
+        patch.setattr(module, "owners_in", mistaken)
 
 
 def connections_exchanged(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
@@ -226,11 +230,11 @@ def declared_sites_lost(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
             context.declarations[owner] = context.declarations[owner][:-1]
         return count
 
-    patch.setattr(backend, "collect", fewer)
+    patch.setattr(declared, "collect", fewer)
 
 
 def nothing_detected(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
-    original = backend.detect
+    original = declared.detect
 
     def nothing(gm: fx.GraphModule, context: Any) -> Any:
         result = original(gm, context)
@@ -238,7 +242,7 @@ def nothing_detected(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
         context.detection = replace(found, sites=[], chains=[])
         return result
 
-    patch.setattr(backend, "detect", nothing)
+    patch.setattr(declared, "detect", nothing)
 
 
 BREAKINGS: dict[str, Breaking] = {

@@ -1,0 +1,136 @@
+"""A graph in which modules declare their sites: all passes, and the checks that none is lost."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ... import _torch
+from ...config import Config
+from ...errors import UnsupportedError
+from ...model.attach import DDP_COMES_LAST
+from ...model.declare import Spec, collect, declaration_nodes
+from ...passes.context import Context
+from ...passes.pipeline import PIPELINE
+from ...passes.runner import Pass, run_pipeline
+from ...passes.sites.canonicalize import canonicalize
+from ...passes.sites.detect import detect
+from .. import guard, history
+from ..context import context_of
+from ..options import agreed
+from ..request import Request, Run, Runner
+
+__all__ = ["compile_graph", "config_of"]
+
+
+def config_of(gm: fx.GraphModule) -> Config | None:
+    """The configuration that the modules in a graph declare, None if there are none."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in declaration_nodes(module.graph):
+                return Spec.from_json(str(node.args[1])).config
+    return None
+
+
+def compile_graph(request: Request) -> Runner:
+    """Rewrite the graph for the streams of the model that it comes from."""
+    inputs, sites = request.inputs, request.sites
+    declared = config_of(request.gm)
+    assert declared is not None
+    _refuse_constants(request.gm)
+    config = agreed(request.options or {}, declared)
+    work = request.copy()
+    context = context_of(
+        work,
+        inputs,
+        *request.owners,
+        config=config,
+        grad_enabled=torch.is_grad_enabled(),
+        broken_at=_torch.break_reason(request.gm),
+    )
+    if "canonicalize" in config.disabled:
+        collect(work.graph, context)
+    work, entries = run_pipeline(work, context, _checked(PIPELINE, sites), disabled=config.disabled)
+    history.trace(entries)
+    _erase_declarations(work)
+    undeclared = lambda: guard.undeclared_in(context.detection)  # noqa: E731
+    guard.require_alive(sites, work, undeclared, request.broken_at)
+    _check_parameters(_declared_values(work, context, inputs), inputs)
+    runner = request.lower(work, inputs, Run(config, entries))
+    history.record(request.gm, work, entries, context, inputs)
+    return runner
+
+
+def _checked(passes: Sequence[Pass], sites: guard.Sites) -> list[Pass]:
+    """The passes on the graph of a model whose sites are declared.
+
+    Declarations are read as soon as the bodies that may hold some are inlined; what was detected
+    must fit them.
+    """
+
+    def canonicalize_and_collect(gm: fx.GraphModule, context: Context) -> Any:
+        result = canonicalize(gm, context)
+        if read := collect(result.gm.graph, context):
+            notes = [*result.notes, f"{read} declarations read"]
+            result = replace(result, changed=True, notes=notes)
+        return result
+
+    def detect_and_compare(gm: fx.GraphModule, context: Context) -> Any:
+        result = detect(gm, context)
+        guard.require_own_branches(sites, gm, context)
+        return result
+
+    run = {"canonicalize": canonicalize_and_collect, "detect": detect_and_compare}
+    return [Pass(p.name, run.get(p.name, p.run), p.ensures) for p in passes]
+
+
+def _refuse_constants(gm: fx.GraphModule) -> None:
+    """Parameters must be inputs of the graph."""
+    for node in declaration_nodes(gm.graph):
+        if any(parameter.op == "get_attr" for parameter in node.args[0]):  # type: ignore[union-attr]
+            raise UnsupportedError(
+                "torch._inductor.config.freezing makes constants of the parameters of a "
+                "transformed model. Turn it off, or use model.compile(backend='mhc') in place of "
+                "torch.compile(model, backend='mhc'): it does so for its own calls."
+            )
+
+
+def _declared_values(gm: fx.GraphModule, context: Context, inputs: Sequence[Any]) -> list[Any]:
+    """The mHC parameters that a graph was given."""
+    names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
+    values = dict(zip(names, inputs, strict=True))
+    declared = [d for group in (context.declarations or {}).values() for d in group]
+    return [values[p.name] for d in declared for p in d.parameters]
+
+
+def _check_parameters(declared: Sequence[Any], inputs: Sequence[Any]) -> None:
+    """DistributedDataParallel must know the mHC parameters, and whoever trains should train them.
+
+    It averages the gradients of what it knew when it was made. And whoever trains other parameters
+    alone may not know that the streams stay as they started.
+    """
+    if not all(map(_torch.is_known_to_ddp, declared)):
+        raise UnsupportedError(DDP_COMES_LAST)
+    others = any(isinstance(v, nn.Parameter) and v.requires_grad for v in inputs)
+    if torch.is_grad_enabled() and others and not any(p.requires_grad for p in declared):
+        warnings.warn(
+            "All mHC parameters of this model are frozen (requires_grad is False) while others are "
+            "trained: its streams stay as they are. To train them, call p.requires_grad_() for p "
+            "in mhc_compile.parameters(model); PEFT freezes whatever LoraConfig(modules_to_save="
+            "['mhc']) does not name.",
+            stacklevel=2,
+        )
+
+
+def _erase_declarations(gm: fx.GraphModule) -> None:
+    """Only where a disabled pass left them: running one raises."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in list(declaration_nodes(module.graph)):
+                module.graph.erase_node(node)
+            module.recompile()
