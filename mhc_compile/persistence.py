@@ -9,7 +9,7 @@ A folder of `save_pretrained` has the second file only where its own weights lac
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -253,7 +253,8 @@ def describe(model: nn.Module, verb: str) -> dict[str, Any]:
             f"{verb}: {type(model).__name__} holds several transformed models of different "
             f"configurations; save each of them into a folder of its own"
         )
-    return {"format": FORMAT, "config": asdict(*configs), "sites": _sites(modules)}
+    (config,) = configs
+    return {"format": FORMAT, "config": config.meaning(), "sites": _sites(modules)}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -40,13 +40,16 @@ def split_options(
 
 
 def agreed(own: Mapping[str, Any], declared: Config) -> Config:
-    """``declared``, which options given for a transformed model must not contradict."""
+    """``declared``, which options given for a transformed model must not contradict.
+
+    How much of the history is kept is no matter of the model: there the option counts.
+    """
     asked = replace(declared, **own)
     for name in own:
-        if getattr(asked, name) != getattr(declared, name):
+        if name != "history" and getattr(asked, name) != getattr(declared, name):
             raise ValueError(
                 f"backend 'mhc': options[{name!r}] = {getattr(asked, name)!r}, but the model was "
                 f"transformed with {getattr(declared, name)!r}; leave the option out, or call "
                 "mhc_compile.revert and transform the model again"
             )
-    return declared
+    return asked

@@ -65,15 +65,14 @@ class PartitionedPasses(_torch.InferenceAwareGraphPass):
             disabled=self._config.disabled,
             graph="inference" if is_inference else kind,
         )
-        history.trace(done)
-        self._entries.extend(done)
+        self._entries.extend(history.kept(done, self._config))
 
     def uuid(self) -> str | None:
         """Sources, options and the user's passes; None, which means no caching, if one has none."""
         after = [_torch.uuid_of(user_pass) for user_pass in self._after]
         if None in after:
             return None
-        key = repr((_source_hash(), self._config.to_json(), after))
+        key = repr((_source_hash(), self._config.meaning(), after))
         return hashlib.sha256(key.encode()).hexdigest()
 
 

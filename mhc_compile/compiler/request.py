@@ -73,6 +73,10 @@ class Request:
         number_calls(work, self.root)
         return work
 
+    def before(self, config: Config) -> fx.GraphModule | None:
+        """The graph as it was captured, for the history, where that is to be kept."""
+        return self.gm if config.history == "full" else None
+
     @cached_property
     def config(self) -> Config:
         """The configuration that the options describe."""

@@ -56,13 +56,13 @@ def compile_graph(request: Request) -> Runner:
     if "canonicalize" in config.disabled:
         collect(work.graph, context)
     work, entries = run_pipeline(work, context, _checked(PIPELINE, sites), disabled=config.disabled)
-    history.trace(entries)
+    entries = history.kept(entries, config)
     _erase_declarations(work)
     undeclared = lambda: guard.undeclared_in(context.detection)  # noqa: E731
     guard.require_alive(sites, work, undeclared, request.broken_at)
     _check_parameters(_declared_values(work, context, inputs), inputs)
     runner = request.lower(work, inputs, Run(config, entries))
-    history.record(request.gm, work, entries, context, inputs)
+    history.record(request.before(config), work, entries, context, inputs)
     return runner
 
 

@@ -55,8 +55,8 @@ def compile_graph(request: Request) -> Runner:
         values = [*request.inputs, *_add_inputs(graph, detection, new)]
         graph, rewriting = run_pipeline(graph, context, PIPELINE[2:], disabled=config.disabled)
         entries += rewriting[1:]  # without the graph as it came, which is that behind `examined`
-        history.trace(entries)
-        history.record(request.gm, graph, entries, context, values)
+        entries = history.kept(entries, config)
+        history.record(request.before(config), graph, entries, context, values)
         return run_eagerly(graph, values)(*inputs, *values[len(request.inputs) :])
 
     def is_waiting(caller: nn.Module | None) -> bool:

@@ -30,7 +30,7 @@ from ..request import Request, Run, Runner, is_transformed
 
 __all__ = ["compile_graph", "connections", "has_connections", "is_known", "may_stay_plain"]
 
-_APPLICABLE = ("defer_norms", "disabled")
+_APPLICABLE = ("defer_norms", "disabled", "history")
 """Options that mean something where nothing is added."""
 
 _OWN = "_mhc_own_connections"
@@ -88,10 +88,10 @@ def compile_graph(request: Request) -> Runner:
     config = Config(**{**(request.options or {}), "n": 1})
     context = Context(options_of(config), grad_enabled=torch.is_grad_enabled())
     work, entries = run_pipeline(request.copy(), context, OWN, disabled=config.disabled)
+    entries = history.kept(entries, config)
     request.require_nothing_lost(work)
     runner = request.lower(work, request.inputs, Run(config, entries))
-    history.trace(entries)
-    history.record(request.gm, work, entries, context, request.inputs)
+    history.record(request.before(config), work, entries, context, request.inputs)
     return runner if context.own else asking(runner, may_stay_plain, request)
 
 
