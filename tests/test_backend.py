@@ -529,6 +529,25 @@ def test_nothing_outlives_a_model(through, inductor):
     assert [ref() for ref in left if ref() is not None] == []
 
 
+@pytest.mark.parametrize("called", [True, False], ids=["called", "waiting"])
+def test_nothing_outlives_a_class(called):
+    """A notebook defines its classes again and again."""
+
+    class Other(GPT):
+        pass
+
+    model = mhc_compile.transform(Other(), example_inputs=(ids(),) if called else None)
+    if called:
+        model(ids())
+    left = [weakref.ref(Other), weakref.ref(type(model))]
+    assert left[0]() is not left[1]()
+    del model, Other
+    torch._dynamo.reset()
+    for _ in range(3):
+        gc.collect()
+    assert [ref() for ref in left] == [None, None]
+
+
 def test_a_plain_graph_is_copied_once(monkeypatch, inductor):
     copies = []
     original = request.copy_graph

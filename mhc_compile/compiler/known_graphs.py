@@ -11,8 +11,7 @@ Note [Graphs that others run]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -27,69 +26,44 @@ __all__ = ["asking"]
 
 
 def asking(runner: Runner, fits: Callable[[nn.Module | None], bool], request: Request) -> Runner:
-    """A runner that is only run for whom it fits: see Note [Graphs that others run]."""
-    known = _Known.of(request)
+    """A runner that is only run for whom it fits: see Note [Graphs that others run].
+
+    What the graph says of modules is said anew for others by their paths, from the module whose
+    code it is: whoever calls that one may have it under another name.
+    """
+    # Not the request itself, which holds the first caller and its tensors.
+    gm, options, compile_graph = request.gm, request.options, request.compile
+    module = _torch.innermost_module()
+    code, paths = type(module).__name__, _paths_of(gm, module)
+    names = _names_in(module, request.inputs)
+    del module, request
+
+    def compile_again(inputs: Sequence[Any]) -> Runner:
+        """What the backend makes of this graph for whoever is calling now, for one call."""
+        other = _torch.innermost_module()
+        theirs = {} if other is None else dict(other.named_modules(remove_duplicate=False))
+        if not theirs.keys() >= set(paths.values()) or names != _names_in(other, inputs):
+            raise MhcError(
+                f"backend 'mhc' has met the code of {code} before, in a model whose modules "
+                f"or parameters have other names than those of this {type(other).__name__}, and "
+                "Dynamo does not capture it again. Call mhc_compile.transform(model) before it is "
+                "compiled, or torch.compiler.reset() before its first call."
+            )
+        new = {known: str(id(theirs[path])) for known, path in paths.items()}
+        return compile_graph(relabelled(gm, new), list(inputs), options, run_eagerly)
 
     def run(*inputs: Any) -> Any:
-        return (runner if fits(caller()) else known.compile_again(inputs))(*inputs)
+        return (runner if fits(caller()) else compile_again(inputs))(*inputs)
 
     return run
 
 
-@dataclass(frozen=True)
-class _Known:
-    """A graph as the backend was given it, to be compiled for other callers.
-
-    What it says of modules is said anew for others by their paths, from the module whose code it
-    is: whoever calls that one may have it under another name.
-
-    Attributes:
-        gm, options, compile: see ``Request``, which is not kept: it knows the first caller.
-        code: the class of the module whose code it is, for messages.
-        modules: from the identity of each module in the graph to its path.
-        names: of each input, the names by which the module has it.
-    """
-
-    gm: fx.GraphModule
-    options: Mapping[str, Any] | None
-    compile: Callable[..., Runner]
-    code: str
-    modules: Mapping[str, str]
-    names: Sequence[frozenset[str]]
-
-    @classmethod
-    def of(cls, request: Request) -> _Known:
-        graphs = [m.graph for m in request.gm.modules() if isinstance(m, fx.GraphModule)]
-        met = {identity_of(k) for g in graphs for node in g.nodes for k, _ in stack_of(node)}
-        module = _torch.innermost_module()
-        paths = {} if module is None else {str(id(m)): p for p, m in module.named_modules()}
-        return cls(
-            request.gm,
-            request.options,
-            request.compile,
-            type(module).__name__,
-            {identity: path for identity, path in paths.items() if identity in met},
-            _names_in(module, request.inputs),
-        )
-
-    def compile_again(self, inputs: Sequence[Any]) -> Runner:
-        """What the backend makes of this graph for whoever is calling now, for one call.
-
-        Raises:
-            MhcError: its modules are others; or any other error of the backend.
-        """
-        module = _torch.innermost_module()
-        theirs = {} if module is None else dict(module.named_modules(remove_duplicate=False))
-        same_modules = theirs.keys() >= set(self.modules.values())
-        if not same_modules or self.names != _names_in(module, inputs):
-            raise MhcError(
-                f"backend 'mhc' has met the code of {self.code} before, in a model whose modules "
-                f"or parameters have other names than those of this {type(module).__name__}, and "
-                "Dynamo does not capture it again. Call mhc_compile.transform(model) before it is "
-                "compiled, or torch.compiler.reset() before its first call."
-            )
-        new = {known: str(id(theirs[path])) for known, path in self.modules.items()}
-        return self.compile(relabelled(self.gm, new), list(inputs), self.options, run_eagerly)
+def _paths_of(gm: fx.GraphModule, module: nn.Module | None) -> dict[str, str]:
+    """From the identity of each part of a module that a graph comes from to its path."""
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    met = {identity_of(k) for g in graphs for node in g.nodes for k, _ in stack_of(node)}
+    parts = [] if module is None else module.named_modules()
+    return {str(id(m)): path for path, m in parts if str(id(m)) in met}
 
 
 def _names_in(module: nn.Module | None, inputs: Sequence[Any]) -> list[frozenset[str]]:

@@ -7,6 +7,7 @@ early would silently miss the new ones.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from .. import _torch
 from ..errors import ExampleInputsError
+from .swap import class_of
 
 __all__ = ["is_pending", "postpone", "refuse_pending", "then", "withdraw"]
 
@@ -44,7 +46,7 @@ def postpone(model: M, first_call: FirstCall) -> M:
             once it is transformed; leaves a plain model if it raises. Pickle takes it along.
     """
     model.__dict__[FIRST_CALL] = first_call
-    model.__class__ = _pending_class(type(model))  # type: ignore[arg-type]
+    model.__class__ = _pending_class(type(model))
     return model
 
 
@@ -68,8 +70,14 @@ def _original(module: nn.Module) -> Any:
     return type(module).__mro__[1]
 
 
-@functools.cache
+_classes: weakref.WeakValueDictionary[int, type] = weakref.WeakValueDictionary()
+
+
 def _pending_class(original: Any) -> Any:
+    return class_of(original, _classes, _make_class)
+
+
+def _make_class(original: Any) -> Any:
     namespace: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,

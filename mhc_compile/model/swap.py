@@ -151,12 +151,19 @@ def _swapped_class(original: type[nn.Module]) -> type[nn.Module]:
     # A GraphModule has a class of its own, whose forward `recompile` replaces.
     if issubclass(original, fx.GraphModule):
         return _make_class(original)
-    return _shared_class(original)  # type: ignore[arg-type]
+    return class_of(original, _classes, _make_class)
 
 
-@functools.cache
-def _shared_class(original: type[nn.Module]) -> type[nn.Module]:
-    return _make_class(original)
+# By the identity of the original class, which lives as long as the one made of it.
+_classes: weakref.WeakValueDictionary[int, type] = weakref.WeakValueDictionary()
+
+
+def class_of(original: type, known: Any, make: Callable[[Any], type]) -> Any:
+    """The class that is made of another one: one for all modules, as long as there are some."""
+    made = known.get(id(original))
+    if made is None:
+        made = known[id(original)] = make(original)
+    return made
 
 
 def _make_class(original: type[nn.Module]) -> type[nn.Module]:
