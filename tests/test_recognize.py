@@ -348,13 +348,13 @@ class Turns(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.paper = hyper.PaperModel(layers=1)
-        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
 
     def forward(self, x: Tensor, own: bool) -> Tensor:
         if own:
             return self.paper(x)
-        y = x.mT + self.a(x.mT)
-        return (y + self.b(y)).mT
+        y = x + self.a(x)
+        return y + self.b(y)
 
 
 def test_that_a_model_has_its_own_is_known_of_all_its_graphs() -> None:
