@@ -16,6 +16,7 @@ from ..config import Config
 from ..errors import ChainBrokenError
 from ..model import swap
 from ..model.backward_hooks import number_calls
+from ..model.declare import Spec, declaration_nodes
 from ..passes.context import Context
 from ..passes.pipeline import EXAMINE
 from ..passes.runner import HistoryEntry, run_pipeline
@@ -81,6 +82,15 @@ class Request:
     def config(self) -> Config:
         """The configuration that the options describe."""
         return Config(**(self.options or {}))
+
+    @cached_property
+    def declared(self) -> Config | None:
+        """The configuration that the modules in the graph declare, None if there are none."""
+        for module in self.gm.modules():
+            if isinstance(module, fx.GraphModule):
+                for node in declaration_nodes(module.graph):
+                    return Spec.from_json(str(node.args[1])).config
+        return None
 
     @cached_property
     def owners(self) -> list[nn.Module]:

@@ -20,7 +20,7 @@ Route = Callable[[Request], Runner]
 
 def route_of(request: Request) -> Route:
     """What becomes of a graph."""
-    if declared.config_of(request.gm) is not None:
+    if request.declared is not None:
         return declared.compile_graph
     if request.options is None:
         return untouched.compile_graph

@@ -11,10 +11,9 @@ import torch
 from torch import fx, nn
 
 from ... import _torch
-from ...config import Config
 from ...errors import UnsupportedError
 from ...model.attach import DDP_COMES_LAST
-from ...model.declare import Spec, collect, declaration_nodes
+from ...model.declare import collect, declaration_nodes
 from ...passes.context import Context
 from ...passes.pipeline import PIPELINE
 from ...passes.runner import Pass, run_pipeline
@@ -25,22 +24,12 @@ from ..context import context_of
 from ..options import agreed
 from ..request import Request, Run, Runner
 
-__all__ = ["compile_graph", "config_of"]
-
-
-def config_of(gm: fx.GraphModule) -> Config | None:
-    """The configuration that the modules in a graph declare, None if there are none."""
-    for module in gm.modules():
-        if isinstance(module, fx.GraphModule):
-            for node in declaration_nodes(module.graph):
-                return Spec.from_json(str(node.args[1])).config
-    return None
+__all__ = ["compile_graph"]
 
 
 def compile_graph(request: Request) -> Runner:
     """Rewrite the graph for the streams of the model that it comes from."""
-    inputs, sites = request.inputs, request.sites
-    declared = config_of(request.gm)
+    inputs, sites, declared = request.inputs, request.sites, request.declared
     assert declared is not None
     _refuse_constants(request.gm)
     config = agreed(request.options or {}, declared)

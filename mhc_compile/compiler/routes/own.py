@@ -72,11 +72,12 @@ def has_connections(request: Request) -> bool:
 def _may_show_connections(request: Request) -> bool:
     """False where a closer look at a graph, which takes another copy of it, would find nothing."""
     graph = request.examined[0].graph
+    # What is told apart by writes in place, or spelt as the model wrote it, is not seen from here.
     if graph.find_nodes(op="call_function", target=after_write):
         return True
-    if "canonicalize" in request.config.disabled:
+    if "canonicalize" in request.config.disabled or write_backs(graph):
         return True
-    return bool(write_backs(graph)) or next(mappings(graph), None) is not None
+    return next(mappings(graph), None) is not None
 
 
 def _found_in(request: Request) -> Sequence[Any]:
