@@ -8,11 +8,12 @@ from . import versions
 versions.warn_of_untested(torch.__version__)
 
 # ruff: noqa: E402
+from . import backend  # noqa: F401 - what transformed modules call
+from .compiler.history import RewrittenGraph, graphs
 from .config import Config
+from .errors import MhcError
 from .inspect.check import Check, check
 from .inspect.explain import Explanation, explain
-from .inspect.history import RewrittenGraph, graphs
-from .passes.errors import MhcError
 from .passes.sites.records import Reason
 from .persistence import load, save
 from .pretrained import from_pretrained

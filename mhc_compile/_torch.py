@@ -41,6 +41,7 @@ from torch.utils.hooks import BackwardHook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
+    "COMPILED_CALL",
     "BackendCompilerFailed",
     "BackwardHook",
     "DataDependentOutputException",
@@ -102,6 +103,9 @@ InferenceAwareGraphPass: Any = getattr(
     custom_graph_pass, "CustomInferenceAwareGraphPass", _InferenceAwareGraphPass
 )
 """A pass for Inductor that is told whether its graph is an inference graph."""
+
+COMPILED_CALL = "_compiled_call_impl"
+"""The attribute under which ``module.compile`` keeps what ``module.__call__`` then runs."""
 
 RECOMPILE_LIMIT = 256
 """Graphs of one root; train/eval, grad modes, autocast and shapes need about 25 (Dynamo: 8)."""
@@ -377,7 +381,7 @@ def calling_module() -> torch.nn.Module | None:
         if isinstance(module, torch._dynamo.OptimizedModule):
             return module._orig_mod
         if isinstance(module, torch.nn.Module) and name in _MODULE_CALLS:
-            compiled = module.__dict__.get("_compiled_call_impl")
+            compiled = module.__dict__.get(COMPILED_CALL)
             if name == "_wrapped_call_impl" and compiled is not None:
                 return module
             outermost = module

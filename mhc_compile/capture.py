@@ -21,12 +21,12 @@ from torch import Tensor, fx, nn
 
 from . import _torch
 from ._torch import pytree
+from .errors import CaptureError, ExampleInputsError, GraphBreakError, MhcError
 from .model import adapters
-from .model.backward import traced_backward_hooks
-from .passes.errors import CaptureError, ExampleInputsError, GraphBreakError, MhcError
+from .model.backward_hooks import traced_backward_hooks
 from .passes.sites.records import identity_of
 
-__all__ = ["CapturedGraph", "as_call", "capture", "merge", "relabelled"]
+__all__ = ["CapturedGraph", "as_call", "capture", "infer_inputs", "merge", "relabelled"]
 
 GRAPH_NUMBER = "mhc_graph"
 """``meta`` key: from which of several captured graphs a node of a merged graph comes."""
@@ -69,6 +69,18 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "example_inputs must be a tuple of positional arguments, a dict of keyword arguments or "
         f"a pair (tuple, dict); got {type(example_inputs).__name__}. For one tensor x write (x,)."
     )
+
+
+def infer_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Example inputs from what the model offers; None where it offers nothing."""
+    known = adapters.example_inputs(model)
+    if known is None:
+        try:
+            offered = getattr(model, "dummy_inputs", None)
+        except Exception:  # a property that fails for some models of its library offers nothing
+            offered = None
+        known = dict(offered) if isinstance(offered, Mapping) else None
+    return None if known is None else ((), known)
 
 
 def capture(

@@ -7,7 +7,7 @@ so that it can be kept next to the weights it describes.
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .passes.runner import Tier
 
 INITS = ("preserve", "paper")
 READOUTS = ("mean", "sum", "head")
+HISTORIES = ("notes", "full")
 STREAM_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -62,6 +63,9 @@ class Config:
         exclude: patterns over site names that are left as plain residuals. Default (): none.
         disabled: names of passes that are not run. Default (): none. For finding out which pass
             is responsible for something.
+        history: what `mhc_compile.graphs` keeps of each pass: "notes" (default: with times and
+            operators, a few kB a graph) or "full", the code of every version and the graph as it
+            was captured as well (megabytes for large models). Changes no graph, and is not saved.
 
     Raises:
         ValueError: for a value that is out of range, of the wrong type, or impossible together
@@ -81,6 +85,7 @@ class Config:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     disabled: tuple[str, ...] = ()
+    history: str = field(default="notes", compare=False)
 
     def __post_init__(self) -> None:
         _check_count("n", self.n, "the number of residual streams, for example n=4")
@@ -88,6 +93,7 @@ class Config:
         _check_choice("variant", self.variant, VARIANTS)
         _check_choice("init", self.init, INITS)
         _check_choice("readout", self.readout, READOUTS)
+        _check_choice("history", self.history, HISTORIES)
         _check_switch("defer_norms", self.defer_norms)
         for name in ("eps", "alpha_init"):
             _check_real(name, getattr(self, name), low=0.0, strict=True)
@@ -118,6 +124,12 @@ class Config:
         """This configuration as a JSON object; `from_json` gives back an equal one."""
         return json.dumps(asdict(self), indent=2)
 
+    def meaning(self) -> dict[str, Any]:
+        """The options that change graphs or parameters: what is saved, and the key of caches."""
+        return {
+            option.name: getattr(self, option.name) for option in fields(self) if option.compare
+        }
+
     @classmethod
     def from_json(cls, text: str) -> "Config":
         """Read what `to_json` wrote. Options left out have their defaults.
@@ -129,7 +141,7 @@ class Config:
         options = json.loads(text)
         if not isinstance(options, dict):
             raise ValueError(f"Config: expected a JSON object, got {type(options).__name__}")
-        known = {field.name for field in fields(cls)}
+        known = {option.name for option in fields(cls)}
         if unknown := sorted(set(options) - known):
             raise ValueError(
                 f"Config: unknown option(s) {', '.join(unknown)}; known are "

@@ -9,7 +9,7 @@ A folder of `save_pretrained` has the second file only where its own weights lac
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import Config
+from .errors import CheckpointError, NotTransformedError
 from .model.connection import (
     ENTRY,
     Connection,
@@ -30,7 +31,7 @@ from .model.connection import (
 )
 from .model.pending import is_pending, refuse_pending, then
 from .model.swap import is_swapped
-from .passes.errors import CheckpointError, NotTransformedError
+from .transform import revert, transform
 
 CONFIG_FILE = "mhc_config.json"
 WEIGHTS_FILE = "mhc_model.safetensors"
@@ -100,8 +101,6 @@ def load(model: Model, folder: str | PathLike[str], *, example_inputs: Any = Non
 
 def restore(model: Model, saved: Saved, *, example_inputs: Any = None) -> Model:
     """`load` behind the reading of the folder."""
-    from .transform import revert, transform
-
     transform(model, n=saved.config.n, example_inputs=example_inputs, config=saved.config)
     if is_pending(model):
         then(model, partial(_load_weights, saved=saved))
@@ -254,7 +253,8 @@ def describe(model: nn.Module, verb: str) -> dict[str, Any]:
             f"{verb}: {type(model).__name__} holds several transformed models of different "
             f"configurations; save each of them into a folder of its own"
         )
-    return {"format": FORMAT, "config": asdict(*configs), "sites": _sites(modules)}
+    (config,) = configs
+    return {"format": FORMAT, "config": config.meaning(), "sites": _sites(modules)}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ from typing import Any
 
 from torch import nn
 
-from .passes.errors import CheckpointError, UnsupportedError
+from .errors import CheckpointError, UnsupportedError
+from .model import callbacks
 from .persistence import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -156,6 +157,9 @@ def save_pretrained_of(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return save_pretrained
+
+
+callbacks.save_pretrained_of = save_pretrained_of
 
 
 def _complete(self: nn.Module, folder: Path, variant: str | None, state: dict[str, Any]) -> None:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from torch import fx, nn
 
-from .capture import GRAPH_NUMBER, CapturedGraph, as_call, capture, first_break, merge
+from . import _torch
+from .capture import (
+    GRAPH_NUMBER,
+    CapturedGraph,
+    as_call,
+    capture,
+    first_break,
+    infer_inputs,
+    merge,
+)
+from .compiler.context import context_of
 from .compiler.guard import witnesses
 from .config import Config
-from .model import adapters, swap
-from .model.connection import Connection, Connections, Head, StreamParameters
-from .model.declare import DeclaredSite, Spec
-from .model.pending import is_pending, postpone, refuse_pending, withdraw
-from .passes.context import Context, Options
-from .passes.errors import (
+from .errors import (
     DoubleTransformError,
     ExampleInputsError,
     GraphBreakError,
@@ -28,19 +33,20 @@ from .passes.errors import (
     NotTransformedError,
     UnsupportedError,
 )
+from .model import swap
+from .model.attach import DDP_COMES_LAST, attach
+from .model.connection import StreamParameters
+from .model.pending import Action, is_pending, postpone, refuse_pending, withdraw
+from .passes.context import Context
 from .passes.graph.dataflow import DataFlow
 from .passes.pipeline import EXAMINE
 from .passes.recognition.recognize import write_backs
 from .passes.runner import run_pipeline
-from .passes.sites.records import Detection, Site, identity_of, location_of, stack_of
+from .passes.sites.records import Detection, location_of
 
-__all__ = ["examine", "parameters", "revert", "transform"]
+__all__ = ["parameters", "revert", "transform"]
 
 M = TypeVar("M", bound=nn.Module)
-DDP_COMES_LAST = (
-    "DistributedDataParallel was made before the mHC parameters and would not average their "
-    "gradients. Transform first: DistributedDataParallel(mhc_compile.transform(model))."
-)
 
 
 def transform(
@@ -84,21 +90,21 @@ def transform(
     call = given or infer_inputs(model)
     if call is None:
         _say_postponed(model, "does not say what its forward takes")
-        return postpone(model, config)
+        return postpone(model, partial(_first_call, config=config))
     try:
-        gm, inputs, context, graphs = examine(model, *call, config)
+        gm, inputs, context, graphs = _examine(model, *call, config)
     except ExampleInputsError as error:
         if given is not None:
             raise
         _say_postponed(model, f"does not take what it seems to ({error})")
-        return postpone(model, config)
+        return postpone(model, partial(_first_call, config=config))
     detection = context.detection
     assert detection is not None
     _refuse_own_connections(model, gm, detection)
     _check_unbroken(model, gm, detection, graphs, call)
     if not detection.sites or all(s.excluded for s in detection.sites):
         raise NoSitesError(_no_sites(model, gm, detection))
-    attach(model, gm, inputs, detection, config)
+    attach(model, gm, detection, witnesses(model, gm.graph, inputs, detection), config)
     return model
 
 
@@ -115,7 +121,7 @@ def revert(model: M) -> M:
         raise NotTransformedError(f"{type(model).__name__} is not transformed: nothing to revert.")
     for module in swapped:
         swap.restore(module)
-    model.__dict__.pop("_compiled_call_impl", None)  # compiled from the graphs that are gone
+    model.__dict__.pop(_torch.COMPILED_CALL, None)  # compiled from the graphs that are gone
     return model
 
 
@@ -135,31 +141,15 @@ def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     return (p for module in found for p in module.parameters())
 
 
-def options_of(config: Config) -> Options:
-    """The part of a configuration that the passes read."""
-    return Options(
-        n=config.n,
-        variant=config.variant_object,
-        eps=config.eps,
-        readout=config.readout,
-        stream_dtype=config.stream_torch_dtype,
-        defer_norms=config.defer_norms,
-        include=config.include,
-        exclude=config.exclude,
-        disabled=config.disabled,
-    )
-
-
-def infer_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Example inputs from what the model offers; None where it offers nothing."""
-    known = adapters.example_inputs(model)
-    if known is None:
-        try:
-            offered = getattr(model, "dummy_inputs", None)
-        except Exception:  # a property that fails for some models of its library offers nothing
-            offered = None
-        known = dict(offered) if isinstance(offered, Mapping) else None
-    return None if known is None else ((), known)
+def _first_call(model: nn.Module, call: Any, action: Action | None, *, config: Config) -> None:
+    """What a postponed transform does; the model is plain again where it fails."""
+    transform(model, example_inputs=call, config=config)
+    try:
+        if action is not None:
+            action(model)
+    except BaseException:
+        revert(model)
+        raise
 
 
 def _say_postponed(model: nn.Module, why: str) -> None:
@@ -173,39 +163,15 @@ def _say_postponed(model: nn.Module, why: str) -> None:
 # --- finding -------------------------------------------------------------------------------------
 
 
-def examine(
+def _examine(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: Config
 ) -> tuple[fx.GraphModule, list[Any], Context, list[CapturedGraph]]:
     """Capture one call of a plain model and detect its sites; the model is not changed."""
     graphs = capture(model, args, kwargs)
     gm, inputs = merge(graphs)
-    context = context_of(gm, inputs, model, config)
+    context = context_of(gm, inputs, model, config=config)
     gm, _ = run_pipeline(gm, context, EXAMINE)
     return gm, inputs, context, graphs
-
-
-def context_of(gm: fx.GraphModule, inputs: list[Any], model: nn.Module, config: Config) -> Context:
-    """The context in which every site that is found is taken."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    trainable = {
-        p.name for p, v in zip(placeholders, inputs, strict=True) if isinstance(v, nn.Parameter)
-    }
-    return Context(options_of(config), trainable=frozenset(trainable), owners=owners_in(model))
-
-
-def owners_in(*models: nn.Module) -> dict[str, tuple[str, ...]]:
-    """From the identity of each module of the models to its paths, for ``Context.owners``.
-
-    A module of several models has the paths of the first.
-    """
-    owners: dict[str, tuple[str, ...]] = {}
-    for model in models:
-        paths: dict[str, list[str]] = {str(id(model)): [""]}
-        for path, module in model.named_modules(remove_duplicate=False):
-            if module is not model:
-                paths.setdefault(str(id(module)), []).append(path)
-        owners = {identity: tuple(known) for identity, known in paths.items()} | owners
-    return owners
 
 
 def _refuse_own_connections(model: nn.Module, gm: fx.GraphModule, detection: Detection) -> None:
@@ -299,135 +265,3 @@ def _no_sites(model: nn.Module, gm: fx.GraphModule, detection: Detection) -> str
         f"{type(model).__name__} has no chain of at least two residual adds x + F(x).{excluded} "
         f"Adds of two tensors that were looked at: {listed or 'none'}. {way}"
     )
-
-
-# --- putting parameters on the model ------------------------------------------------------------
-
-
-@dataclass
-class _Plan:
-    """What one module will get."""
-
-    sites: list[Site]
-    homes: list[int]
-
-
-def attach(
-    model: nn.Module,
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
-    detection: Detection,
-    config: Config,
-) -> dict[Site, list[nn.Parameter]]:
-    """Make the parameters of every site and swap the classes; all of it or nothing.
-
-    Args:
-        gm: the examined graph, on which ``detection`` was made.
-        inputs: the values of its placeholders.
-
-    Returns:
-        The parameters of each site, in the order in which they are declared.
-    """
-    plans = _plan(model, gm, detection)
-    last = {chain[-1] for chain in detection.chains}
-    containers, made = _make_parameters(plans, last, config)
-    for site, witness in witnesses(model, gm.graph, inputs, detection).items():
-        if not site.excluded:
-            containers[site.owner][site.branch_name].witness = witness  # type: ignore[assignment]
-    modules, changed = dict(model.named_modules()), list[nn.Module]()
-    try:
-        for path, plan in plans.items():
-            module = modules[path]
-            changed.append(module)
-            if path in containers:
-                module.add_module("mhc", containers[path].train(module.training))
-            swap.swap(module, _spec(plan, last, config).to_json())
-    except BaseException:
-        for module in changed:
-            swap.restore(module)
-        raise
-    return made
-
-
-def _plan(model: nn.Module, gm: fx.GraphModule, detection: Detection) -> dict[str, _Plan]:
-    """Which modules declare what: owners of sites, homes of chains, and all their ancestors."""
-    plans: dict[str, _Plan] = {}
-    for site in detection.sites:
-        plans.setdefault(site.owner, _Plan([], [])).sites.append(site)
-    modules, called = dict(model.named_modules()), _called(model, gm)
-    for chain in detection.chains:
-        home = _common_path([s.owner.split(".") for s in chain])
-        while home and ".".join(home) not in called:
-            home = home[:-1]
-        plans.setdefault(".".join(home), _Plan([], [])).homes.append(chain[0].chain)
-    for path in [p for p in plans if p]:
-        parts = path.split(".")
-        for depth in range(len(parts)):
-            ancestor = ".".join(parts[:depth])
-            if _has_forward(modules[ancestor]):
-                plans.setdefault(ancestor, _Plan([], []))
-    for path in plans:
-        if "mhc" in dir(modules[path]):
-            raise MhcError(
-                f"module '{path or type(model).__name__}' has an attribute 'mhc' of its own, the "
-                "name under which mHC parameters are kept; rename it"
-            )
-    return plans
-
-
-def _common_path(paths: list[list[str]]) -> list[str]:
-    shared = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
-    while any(path[: len(shared)] != shared for path in paths):
-        shared = shared[:-1]
-    return shared
-
-
-def _called(model: nn.Module, gm: fx.GraphModule) -> set[str]:
-    """Paths of the modules whose forward ran in a graph (``""``, the root, always did)."""
-    paths = {str(id(m)): name for name, m in model.named_modules()}
-    keys = {identity_of(key) for n in gm.graph.nodes for key, _ in stack_of(n)}
-    return {paths[k] for k in keys if k in paths} | {""}
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward
-
-
-def _make_parameters(
-    plans: Mapping[str, _Plan], last: set[Site], config: Config
-) -> tuple[dict[str, Connections], dict[Site, list[nn.Parameter]]]:
-    containers: dict[str, Connections] = {}
-    made: dict[Site, list[nn.Parameter]] = {}
-    for path, plan in plans.items():
-        for site in plan.sites:
-            if site.excluded:
-                made[site] = []
-                continue
-            container = containers.setdefault(path, Connections())
-            value = site.node.meta["example_value"]
-            dtype = torch.float64 if value.dtype is torch.float64 else torch.float32
-            place: dict[str, Any] = {"dtype": dtype, "device": value.device}
-            role: dict[str, Any] = {"index": site.position, "last": site in last}
-            parts: list[StreamParameters] = [
-                Connection(site.width, config, linear=site.linear, **role, **place)
-            ]
-            container[site.branch_name] = parts[0]
-            if site in last and config.readout == "head":
-                parts.append(Head(site.width, config, **place))
-                container[f"{site.branch_name}_readout"] = parts[1]
-            made[site] = [t for p in parts for t in (p.phi, p.alpha, p.bias)]
-    return containers, made
-
-
-def _spec(plan: _Plan, last: set[Site], config: Config) -> Spec:
-    sites = tuple(
-        DeclaredSite(
-            name=s.branch_name,
-            chain=s.chain,
-            first=s.position == 0,
-            last=s in last,
-            tensors=0 if s.excluded else 6 if s in last and config.readout == "head" else 3,
-        )
-        for s in plan.sites
-    )
-    return Spec(config, sites, tuple(plan.homes))

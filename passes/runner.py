@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -16,7 +16,7 @@ from .context import Context, PassResult
 from .errors import MhcError
 from .graph.values import Snapshot
 
-__all__ = ["HistoryEntry", "Pass", "Tier", "run_pipeline"]
+__all__ = ["NOT_KEPT", "HistoryEntry", "Pass", "Tier", "run_pipeline"]
 
 log = logging.getLogger("mhc_compile.passes")
 
@@ -39,6 +39,12 @@ class Tier(enum.Enum):
 
     REQUIRED = "required"
     OPTIMISATION = "optimisation"
+
+
+NOT_KEPT = (
+    "The code of this version was not kept: transform with Config(history='full'), or compile with "
+    "options={'history': 'full'}."
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ class HistoryEntry:
         milliseconds: what the pass took.
         notes: what it did, in words.
         changed: whether the graph differs from the version before.
-        code: the graph as Python.
+        text: the graph as Python; None where it was not kept.
+        operators: the ``mhc::`` operators of this version, by name and in order.
         graph: which graph it is a version of, ``captured``, ``forward``, ``backward`` or
             ``inference``.
     """
@@ -79,18 +86,33 @@ class HistoryEntry:
     milliseconds: float
     notes: Sequence[str] = field(default_factory=tuple)
     changed: bool = True
-    code: str = ""
+    text: str | None = field(default="", repr=False)
     graph: str = "captured"
+    operators: list[str] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.operators:
+            self.operators.extend(re.findall(r"torch\.ops\.mhc\.(\w+)", self.text or ""))
 
     @property
-    def operators(self) -> list[str]:
-        """The ``mhc::`` operators of this version, by name and in order."""
-        return re.findall(r"torch\.ops\.mhc\.(\w+)", self.code)
+    def code(self) -> str:
+        """The graph as Python.
+
+        Raises:
+            MhcError: it was not kept.
+        """
+        if self.text is None:
+            raise MhcError(NOT_KEPT)
+        return self.text
+
+    def without_code(self) -> HistoryEntry:
+        """The same, in the few bytes that can be kept as long as a model lives."""
+        return replace(self, text=None)
 
     def __str__(self) -> str:
         """Python that runs: ``forward(self, *inputs)``, self a module with its constants."""
         head = f"# {self.name} ({self.milliseconds:.1f} ms): {'; '.join(self.notes)}"
-        return f"{head}\n{_IMPORTS}{self.code}"
+        return f"{head}\n# {NOT_KEPT}" if self.text is None else f"{head}\n{_IMPORTS}{self.text}"
 
 
 def run_pipeline(
@@ -119,7 +141,7 @@ def run_pipeline(
     history = [_as_it_came(gm, graph)] if history is None else history
     for step in passes:
         if step.tier is Tier.OPTIMISATION and step.name in context.options.disabled:
-            left_out = HistoryEntry(step.name, 0.0, ("disabled",), False, history[-1].code, graph)
+            left_out = HistoryEntry(step.name, 0.0, ("disabled",), False, history[-1].text, graph)
             history.append(left_out)
             continue
         gm, entry = _run_one(step, gm, context, history)
@@ -132,7 +154,7 @@ def run_pipeline(
 def _as_it_came(gm: fx.GraphModule, graph: str) -> HistoryEntry:
     captured = graph == "captured"
     name, note = ("capture", "as captured") if captured else (graph, "as AOTAutograd made it")
-    return HistoryEntry(name, 0.0, (note,), code=gm.code, graph=graph)
+    return HistoryEntry(name, 0.0, (note,), text=gm.code, graph=graph)
 
 
 def _run_one(

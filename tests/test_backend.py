@@ -5,7 +5,9 @@ what reached it without minutes of compilation.
 """
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Any
@@ -19,8 +21,9 @@ from torch import nn
 import mhc_compile
 from mhc_compile import _torch
 from mhc_compile.backend import mhc
+from mhc_compile.compiler import request
+from mhc_compile.errors import MhcError
 from mhc_compile.model.swap import is_swapped
-from mhc_compile.passes.errors import MhcError
 from mhc_compile.passes.pipeline import EVERY, EXAMINE, REPORT, REWRITE
 from mhc_compile.passes.runner import Tier
 from tests import checks
@@ -451,7 +454,7 @@ def test_revert_forgets_the_compilation(inductor):
 
 
 def test_graphs_keep_the_whole_history():
-    model = pair()[1]
+    model = pair(history="full")[1]
     model(ids())
     with torch.no_grad():
         model(ids())
@@ -467,6 +470,94 @@ def test_graphs_keep_the_whole_history():
         assert [s.name for s in graph.sites] == ["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp"]
         assert all(s.location.split(":")[0].endswith("models.py") for s in graph.sites)
         graph.after.graph.lint()
+
+
+@pytest.mark.parametrize("through", ["a plain call", "transform", "options", "a first call"])
+def test_code_is_kept_where_it_is_asked_for(through, inductor):
+    """Otherwise notes, times and operators are, and what is missing says how to have it."""
+    texts = {}
+    for history in ("notes", "full"):
+        options = {"history": history}
+        model = GPT().double() if through == "a first call" else pair()[1]
+        if through in ("a plain call", "transform"):
+            model = pair(**options)[1]
+        if through != "a plain call":
+            model.compile(backend="mhc", options={} if through == "transform" else options)
+        model(ids())
+        (graph,) = mhc_compile.graphs(model)
+        entries = [entry for entry in graph.history if entry.graph == "captured"]
+        assert [entry.name for entry in entries] == ["capture", *PASSES]
+        texts[history] = [(e.name, e.notes, e.changed, e.operators) for e in entries]
+        assert len(entries[-1].operators) == 12
+        if history == "full":
+            assert all("def forward" in e.code and e.code in str(e) for e in entries)
+            assert "coefficients" not in graph.before.code
+            continue
+        assert "def forward" not in repr(graph.history)
+        for entry in entries:
+            assert entry.notes[0] in str(entry) and "Config(history='full')" in str(entry)
+            with pytest.raises(mhc_compile.MhcError, match="was not kept: transform with Config"):
+                _ = entry.code
+        with pytest.raises(mhc_compile.MhcError, match="was not kept: transform with Config"):
+            _ = graph.before
+    assert texts["notes"] == texts["full"]
+
+
+def test_a_first_call_leaves_out_what_is_disabled():
+    model = GPT().double()
+    model.compile(backend="mhc", options={"disabled": ("fuse_coefficients",)})
+    model(ids())
+    (graph,) = mhc_compile.graphs(model)
+    assert [entry.name for entry in graph.history] == ["capture", *PASSES]
+    (entry,) = (e for e in graph.history if e.name == "fuse_coefficients")
+    assert entry.notes == ("disabled",) and "coefficients" not in graph.history[-1].operators
+
+
+@pytest.mark.parametrize("through", ["a plain call", "a compiled call", "a first call"])
+def test_nothing_outlives_a_model(through, inductor):
+    """Neither its parameters nor its graphs, once Dynamo has forgotten it."""
+    model = GPT().double() if through == "a first call" else pair(history="full")[1]
+    if through != "a plain call":
+        model.compile(backend="mhc")
+    model(ids()).sum().backward()
+    (graph,) = mhc_compile.graphs(model)
+    kept = [*model.parameters(), *model.modules(), graph.after, *graph.sites]
+    left = [weakref.ref(one) for one in kept]
+    assert len(list(mhc_compile.parameters(model))) == 12
+    del model, graph, kept
+    torch._dynamo.reset()
+    for _ in range(3):  # what finalizers let go of is found the next time
+        gc.collect()
+    assert [ref() for ref in left if ref() is not None] == []
+
+
+@pytest.mark.parametrize("called", [True, False], ids=["called", "waiting"])
+def test_nothing_outlives_a_class(called):
+    """A notebook defines its classes again and again."""
+
+    class Other(GPT):
+        pass
+
+    model = mhc_compile.transform(Other(), example_inputs=(ids(),) if called else None)
+    if called:
+        model(ids())
+    left = [weakref.ref(Other), weakref.ref(type(model))]
+    assert left[0]() is not left[1]()
+    del model, Other
+    torch._dynamo.reset()
+    for _ in range(3):
+        gc.collect()
+    assert [ref() for ref in left] == [None, None]
+
+
+def test_a_plain_graph_is_copied_once(monkeypatch, inductor):
+    copies = []
+    original = request.copy_graph
+    monkeypatch.setattr(request, "copy_graph", lambda gm: copies.append(gm) or original(gm))
+    model = GPT()
+    model.compile(backend="mhc")
+    model(ids())
+    assert len(copies) == 1 and is_swapped(model)
 
 
 def test_graphs_of_a_copy_are_its_own():

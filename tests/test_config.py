@@ -110,6 +110,15 @@ def test_json_that_is_not_a_config_is_refused():
         Config.from_json('{"n": 0}')
 
 
+def test_how_much_history_is_kept_makes_no_other_configuration():
+    full = Config(history="full")
+    assert full == Config() and hash(full) == hash(Config())
+    assert Config.from_json(full.to_json()).history == "full"
+    assert "history" not in full.meaning() and full.meaning()["n"] == 4
+    with pytest.raises(ValueError, match="history must be one of notes, full, got 'code'"):
+        Config(history="code")
+
+
 def test_every_option_is_documented():
     assert Config.__doc__ is not None
     for field in dataclasses.fields(Config):

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mhc_compile
 from mhc_compile import _torch
-from mhc_compile.passes.errors import ExampleInputsError, UnsupportedError
+from mhc_compile.errors import ExampleInputsError, UnsupportedError
 
 from .checks import assert_moves
 from .models import GPT, ids, relative

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile import MhcError, _torch
-from mhc_compile.passes.errors import (
+from mhc_compile.errors import (
     ChainBrokenError,
     CheckpointError,
     DoubleTransformError,

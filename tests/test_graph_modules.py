@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import mhc_compile
-from mhc_compile.passes.errors import UnsupportedError
+from mhc_compile.errors import UnsupportedError
 
 from .checks import assert_moves, perturb
 from .models import GPT, WIDTH, ids, relative

@@ -2,20 +2,23 @@
 
 import ast
 import os
+import re
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("mhc_compile", "passes", "kernels")
 THIRD_PARTY = {
     "kernels": {"torch", "triton"},
-    "passes": {"torch", "networkx", "sympy"},
+    "passes": {"torch", "networkx"},
     "mhc_compile": {
-        *("torch", "triton", "networkx", "sympy", "numpy", "rich", "typer", "safetensors"),
-        *("jinja2", "transformers"),
+        *("torch", "triton", "networkx", "numpy", "rich", "safetensors", "jinja2"),
+        "transformers",
     },
 }
 # What a floor must not know, although torch carries it.
@@ -25,6 +28,23 @@ FORBIDDEN = {
     "mhc_compile": (),
 }
 PRIVATE_NAMES_ALLOWED = ("mhc_compile/_torch.py", "passes/graph/_torch.py")
+# Private attributes of torch's objects, wherever they are read or written as text.
+PRIVATE_ATTRIBUTES = {"_compiled_call_impl", "compile_subgraph_reason"}
+# The front door from the ground up: what stands on modules, what becomes of a captured graph, what
+# people look at, the verbs. Rooms and the files beside them import their own row and those below.
+ROWS = (
+    ("versions", "errors", "config", "_torch"),
+    ("model",),
+    ("capture",),
+    ("compiler",),
+    ("inspect",),
+    ("backend", "transform", "persistence", "pretrained"),
+    ("__init__",),
+)
+# Our own modules that a function imports, and why.
+IMPORTS_IN_FUNCTIONS = {
+    "kernels/traffic.py": "bytes are counted where there is no Triton",
+}
 
 
 def sources(floor: str) -> list[Path]:
@@ -40,9 +60,14 @@ def package_of(floor: str, file: Path) -> list[str]:
     return ["mhc_compile", *([] if floor == "mhc_compile" else [floor]), *inside]
 
 
-def imports(floor: str, file: Path) -> Iterator[str]:
-    """Absolute dotted names of everything that a file imports, `from a import b` as `a.b`."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def imports(floor: str, file: Path, nodes: Iterable[ast.AST] | None = None) -> Iterator[str]:
+    """Absolute dotted names of everything that a file imports, `from a import b` as `a.b`.
+
+    Args:
+        nodes: look at these only.
+    """
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if nodes is None else nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -85,6 +110,62 @@ def test_imports_only_go_down():
     assert wrong == []
 
 
+def own_modules() -> dict[str, tuple[str, Path]]:
+    """Every module of ours by its dotted name: floor and file."""
+    found: dict[str, tuple[str, Path]] = {}
+    for floor in FLOORS:
+        for file in sources(floor):
+            package = ".".join(package_of(floor, file))
+            name = package if file.stem == "__init__" else f"{package}.{file.stem}"
+            found[name] = (floor, file)
+    return found
+
+
+def import_graph() -> nx.DiGraph:
+    """From each of our modules to those it imports, wherever in the file that stands."""
+    modules, graph = own_modules(), nx.DiGraph()
+    for name, (floor, file) in modules.items():
+        for imported in imports(floor, file):
+            while imported and imported not in modules:
+                imported = imported.rpartition(".")[0]
+            if imported and imported != name:
+                graph.add_edge(name, imported)
+    return graph
+
+
+def row_of(name: str) -> int | None:
+    """The row of the front door in which a module stands; None on the lower floors."""
+    if floor_of(name) != "mhc_compile":
+        return None
+    room = name.partition(".")[2].partition(".")[0] or "__init__"
+    return next(number for number, row in enumerate(ROWS) if room in row)
+
+
+def test_imports_have_no_circle():
+    graph = import_graph()
+    assert graph.number_of_edges() > 200
+    circles = [sorted(part) for part in nx.strongly_connected_components(graph) if len(part) > 1]
+    assert circles == []
+
+
+def test_rooms_of_the_front_door_import_only_what_stands_below():
+    pairs = [(row_of(a), row_of(b), a, b) for a, b in import_graph().edges]
+    wrong = [(a, b) for up, down, a, b in pairs if up is not None and (down or 0) > up]
+    assert wrong == []
+
+
+def test_our_modules_are_imported_at_the_top_of_a_file():
+    """A circle or an arrow upwards could hide in a function."""
+    found = set()
+    for floor, file in own_modules().values():
+        functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        inside = [n for f in ast.walk(tree) if isinstance(f, functions) for n in ast.walk(f)]
+        if any(map(floor_of, imports(floor, file, inside))):
+            found.add(file.relative_to(ROOT).as_posix())
+    assert found == IMPORTS_IN_FUNCTIONS.keys()
+
+
 def test_no_floor_is_imported_by_its_bare_name():
     """Under two names a module would run twice, and register its operators twice."""
     others = [
@@ -111,12 +192,19 @@ def test_each_floor_knows_only_its_own_libraries():
     assert wrong == []
 
 
+def test_every_base_dependency_is_used():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    required = tomllib.loads(text)["project"]["dependencies"]
+    names = {re.match(r"[\w-]+", line)[0] for line in required}
+    assert names == names & {name.split(".")[0] for _, _, name in all_imports()}
+
+
 def is_private(part: str) -> bool:
     return part.startswith("_") and not part.startswith("__")
 
 
 def private_torch_names(file: Path) -> Iterator[str]:
-    """Private names of torch in a file: imported ones and attribute chains from `torch`."""
+    """Private names of torch in a file: imported, attributes of `torch`, and known words."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -125,9 +213,12 @@ def private_torch_names(file: Path) -> Iterator[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Attribute):
             names = [ast.unparse(node)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = [f"'{node.value}'"]
         for name in names:
-            parts = name.split(".")
-            if parts[0] == "torch" and any(map(is_private, parts)):
+            parts = name.strip("'").split(".")
+            private = parts[0] == "torch" and any(map(is_private, parts)) and name[0] != "'"
+            if private or parts[-1] in PRIVATE_ATTRIBUTES:
                 yield f"{file.relative_to(ROOT).as_posix()}:{node.lineno}: {name}"
 
 

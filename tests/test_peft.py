@@ -16,9 +16,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 import mhc_compile
+from mhc_compile.errors import ChainBrokenError, CheckpointError
 from mhc_compile.model.declare import Spec
 from mhc_compile.model.swap import SPEC
-from mhc_compile.passes.errors import ChainBrokenError, CheckpointError
 from tests.checks import assert_moves
 from tests.test_huggingface import LAYERS, moved, plain_model, relative, tokens
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.optim.swa_utils import AveragedModel
 
 import mhc_compile
-from mhc_compile.passes.errors import CheckpointError, ExampleInputsError, NotTransformedError
+from mhc_compile.errors import CheckpointError, ExampleInputsError, NotTransformedError
 from mhc_compile.persistence import CONFIG_FILE, WEIGHTS_FILE
 from tests.checks import assert_moves
 
@@ -92,7 +92,7 @@ def test_a_saved_model_comes_back_exactly(options, tmp_path):
 
 
 def test_the_folder_holds_only_what_transform_added(tmp_path):
-    model = transformed(Model(), n=2)
+    model = transformed(Model(), n=2, history="full")
     mhc_compile.save(model, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
     description = json.loads((tmp_path / CONFIG_FILE).read_text())
@@ -100,6 +100,7 @@ def test_the_folder_holds_only_what_transform_added(tmp_path):
         f"layers.{layer}.{branch}" for layer in (0, 1) for branch in ("mixer", "mlp")
     ]
     assert description["config"]["n"] == 2
+    assert "history" not in description["config"]
     with safe_open(tmp_path / WEIGHTS_FILE, "pt") as weights:
         assert set(weights.keys()) == set(model.state_dict()) - set(Model().state_dict())
 

@@ -15,7 +15,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import mhc_compile
-from mhc_compile.passes.errors import CheckpointError, ExampleInputsError, UnsupportedError
+from mhc_compile.errors import CheckpointError, ExampleInputsError, UnsupportedError
 from mhc_compile.persistence import CONFIG_FILE, WEIGHTS_FILE
 from tests.test_huggingface import LAYERS, inputs_of, llama, moved, plain_model, tokens
 

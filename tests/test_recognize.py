@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -15,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
 from mhc_compile import Config, Reason, _torch
+from mhc_compile.errors import NoSitesError, NotTransformedError, UnsupportedError
 from mhc_compile.model.swap import is_swapped
-from mhc_compile.passes.errors import NoSitesError, NotTransformedError, UnsupportedError
 from tests.checks import assert_moves, gradient_error, output_error, run
 from tests.zoo import hyper
 from tests.zoo.rewritten import partition
@@ -338,6 +340,47 @@ def test_graph_breaks(broken: str, options: dict[str, int]) -> None:
     (graph,) = mhc_compile.graphs(model._orig_mod)
     assert [site.name for site in graph.sites] == PAPER_SITES[:2]
     assert not any(is_swapped(m) for m in model.modules())
+
+
+class Turns(nn.Module):
+    """Connections of its own in one call, plain residuals in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paper = hyper.PaperModel(layers=1)
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, own: bool) -> Tensor:
+        if own:
+            return self.paper(x)
+        y = x + self.a(x)
+        return y + self.b(y)
+
+
+def test_that_a_model_has_its_own_is_known_of_all_its_graphs() -> None:
+    """It is kept on the model: a copy knows it too, and nothing outlives them."""
+    plain = Turns().double()
+    model, x = copy.deepcopy(plain), signal().double()
+    model.compile(backend="mhc")
+    for own in (True, False):
+        torch.testing.assert_close(model(x, own), plain(x, own))
+    assert_nothing_added(model, plain, list(model.parameters()))
+    twin = copy.deepcopy(model)
+    twin.compile(backend="mhc")
+    torch.testing.assert_close(twin(x, False), plain(x, False))
+    assert not any(is_swapped(m) for m in twin.modules())
+    first = copy.deepcopy(plain)  # in this one the plain call comes first: it is transformed
+    first.compile(backend="mhc", options={"n": 2})
+    torch.testing.assert_close(first(x, False), plain(x, False))
+    assert is_swapped(first)
+
+    (graph,) = mhc_compile.graphs(model)
+    left = [weakref.ref(one) for one in (model, twin, graph.after, *model.parameters())]
+    del model, twin, graph
+    torch._dynamo.reset()
+    for _ in range(3):
+        gc.collect()
+    assert [ref() for ref in left if ref() is not None] == []
 
 
 def test_autocast_rounds_the_projection() -> None:

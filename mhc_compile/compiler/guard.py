@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ..errors import ChainBrokenError
 from ..model.connection import Connection, Connections
 from ..model.swap import is_swapped
 from ..passes.context import Context
-from ..passes.errors import ChainBrokenError
 from ..passes.graph.dataflow import DataFlow
 from ..passes.graph.operators import Kind, holds_tensor, op_of
 from ..passes.sites.records import Detection, Reason, Rejected, Site

@@ -17,11 +17,11 @@ from torch import fx
 
 from .. import _torch
 from ..config import Config
-from ..inspect import history
 from ..passes.context import Context
 from ..passes.pipeline import PARTITIONED
 from ..passes.runner import HistoryEntry, run_pipeline
-from ..transform import options_of
+from . import history
+from .context import options_of
 
 __all__ = ["PartitionedPasses", "digest", "sources"]
 
@@ -64,15 +64,14 @@ class PartitionedPasses(_torch.InferenceAwareGraphPass):
             PARTITIONED,
             graph="inference" if is_inference else kind,
         )
-        history.trace(done)
-        self._entries.extend(done)
+        self._entries.extend(history.kept(done, self._config))
 
     def uuid(self) -> str | None:
         """Sources, options and the user's passes; None, which means no caching, if one has none."""
         after = [_torch.uuid_of(user_pass) for user_pass in self._after]
         if None in after:
             return None
-        key = repr((_source_hash(), self._config.to_json(), after))
+        key = repr((_source_hash(), self._config.meaning(), after))
         return hashlib.sha256(key.encode()).hexdigest()
 
 

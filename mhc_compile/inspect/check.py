@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import _torch
+from ..compiler.history import RewrittenGraph, graphs
+from ..errors import CheckError, MhcError, NotCapturedError, NotTransformedError
 from ..model import initial, swap
 from ..model.connection import Connection, Connections, StreamParameters
 from ..model.declare import Spec
 from ..model.pending import is_pending
-from ..passes.errors import CheckError, MhcError, NotCapturedError, NotTransformedError
-from .history import RewrittenGraph, graphs
 
 __all__ = ["Check", "Step", "check"]
 
@@ -517,9 +517,9 @@ def _everything_kept(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator
     for parameter in parameters:
         parameter.data = parameter.data.clone()
     compiled = {
-        m: m.__dict__.pop("_compiled_call_impl")
+        m: m.__dict__.pop(_torch.COMPILED_CALL)
         for m in model.modules()
-        if "_compiled_call_impl" in m.__dict__
+        if _torch.COMPILED_CALL in m.__dict__
     }
     state = random.getstate()
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
@@ -532,7 +532,7 @@ def _everything_kept(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator
     finally:
         random.setstate(state)
         for module, call in compiled.items():
-            module.__dict__["_compiled_call_impl"] = call
+            module.__dict__[_torch.COMPILED_CALL] = call
         for parameter, value in zip(parameters, values, strict=True):
             parameter.data = value
 

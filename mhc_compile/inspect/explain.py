@@ -4,83 +4,42 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from ..capture import as_call, capture, copy_graph, merge
-from ..compiler.own import connections
+from ..capture import as_call, capture, copy_graph, infer_inputs, merge
+from ..compiler.context import context_of
+from ..compiler.routes.own import connections
 from ..config import Config
+from ..errors import ExampleInputsError
 from ..model import swap
 from ..model.declare import Spec
-from ..passes.errors import ExampleInputsError
 from ..passes.pipeline import EXAMINE
 from ..passes.recognition.recognize import write_backs
 from ..passes.runner import run_pipeline
 from ..passes.sites.records import Detection, FusedSite, Reason, Rejected, Site
-from ..transform import context_of, infer_inputs
+from .records import Add, Adds
+from .report.html import write
+from .report.text import table
 
-__all__ = ["Add", "Explanation", "explain"]
-
-
-@dataclass(frozen=True)
-class Add:
-    """One add of two tensors.
-
-    Attributes:
-        name: owner and branch (``model.layers.0.self_attn``); the node's name if rejected.
-        owner: path of the module whose forward contains the add.
-        chain: number of its chain, -1 for a rejected add.
-        reason: in words for a site, a ``Reason`` for a rejected add.
-        location: ``file:line``.
-        width: C, the size of the channel axis; 0 for a rejected add.
-        node: name of the add in the captured graph.
-        detail: what differs, for a hyper-connection of the model's own that is not one of ours.
-    """
-
-    name: str
-    owner: str
-    chain: int
-    reason: str | Reason
-    location: str
-    width: int
-    node: str
-    detail: str = ""
+__all__ = ["Explanation", "explain"]
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Adds):
     """What ``transform`` takes, or took, of a model. Prints as a table.
 
     Nothing is added to a model that was written with hyper-connections: its sites are those that
-    run on our operators when it is compiled with ``backend="mhc"``.
-
-    Attributes:
-        model: the model's class name.
-        n: number of streams.
-        sites: the accepted adds, in the order of the forward.
-        rejected: the others.
-        chains: the accepted adds of each chain.
-        own: whether the sites are hyper-connections that the model was written with.
+    run on our operators when it is compiled with ``backend="mhc"``. Attributes: see ``Adds``.
     """
 
-    model: str
-    n: int
-    sites: Sequence[Add]
-    rejected: Sequence[Add]
-    chains: Sequence[Sequence[Add]] = field(repr=False)
-    own: bool = False
-
     def __str__(self) -> str:
-        from .report.text import table
-
         return table(self)
 
     def to_html(self, path: str) -> None:
         """Write the table as one self-contained HTML file."""
-        from .report.html import write
-
         write(self, path)
 
 
@@ -108,7 +67,7 @@ def explain(
     chosen = declared or config or Config()
     gm, inputs = merge(capture(model, *call))
     own = [] if declared else connections(copy_graph(gm)).own
-    context = context_of(gm, inputs, model, chosen)
+    context = context_of(gm, inputs, model, config=chosen)
     if declared is not None:
         context.declarations, context.homes = {}, _declared_chains(model)
     run_pipeline(gm, context, EXAMINE)

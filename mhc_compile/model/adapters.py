@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import callbacks
+
 __all__ = ["before_call", "example_inputs", "overrides", "prepare", "undo"]
 
 COMPILED = "_mhc_compiled_calls"
@@ -40,16 +42,12 @@ def overrides(original: type[nn.Module]) -> Mapping[str, Any]:
     if hasattr(original, "get_compiled_call"):
         own["get_compiled_call"] = _get_compiled_call
     if hasattr(original, "save_pretrained"):
-        from ..pretrained import save_pretrained_of
-
-        own["save_pretrained"] = save_pretrained_of(original.save_pretrained)
+        own["save_pretrained"] = callbacks.save_pretrained_of(original.save_pretrained)
     return own
 
 
 def _get_compiled_call(self: Any, compile_config: Any) -> Callable[..., Any]:
     """Hugging Face's ``PreTrainedModel.get_compiled_call``, with this library's backend."""
-    from ..backend import mhc
-
     settings = dict(compile_config.to_dict()) if compile_config is not None else {}
     chosen: dict[str, Any] = {
         k: settings.get(k) for k in ("fullgraph", "dynamic", "mode", "options")
@@ -60,7 +58,7 @@ def _get_compiled_call(self: Any, compile_config: Any) -> Callable[..., Any]:
     key = repr(sorted(chosen.items(), key=str))
     kept = self.__dict__.setdefault(COMPILED, {})
     if key not in kept:
-        kept[key] = torch.compile(self.__call__, backend=mhc, **chosen)
+        kept[key] = torch.compile(self.__call__, backend=callbacks.mhc, **chosen)
     return kept[key]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..passes.errors import CheckpointError
+from ..errors import CheckpointError
 from . import description, initial
 
 EXACT_DTYPES = (torch.float32, torch.float64)

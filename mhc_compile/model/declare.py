@@ -17,7 +17,7 @@ from torch.library import custom_op
 
 from .. import _torch
 from ..config import Config
-from ..passes.errors import NotCapturedError
+from ..errors import NotCapturedError
 from ..passes.sites.declared import DeclaredSite, read_spec, spec_text
 
 __all__ = ["DeclaredSite", "Spec", "declare"]

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from .. import _torch
-from ..passes.errors import ChainBrokenError, GraphBreakError, NoSitesError, NotCapturedError
+from ..errors import ChainBrokenError, GraphBreakError, NoSitesError, NotCapturedError
 
 __all__ = ["described", "errors_name_hooks", "standing_on"]
 

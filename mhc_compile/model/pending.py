@@ -7,26 +7,28 @@ early would silently miss the new ones.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
 from .. import _torch
-from ..config import Config
-from ..passes.errors import ExampleInputsError
-from .swap import is_swapped
+from ..errors import ExampleInputsError
+from .swap import class_of
 
 __all__ = ["is_pending", "postpone", "refuse_pending", "then", "withdraw"]
 
 M = TypeVar("M", bound=nn.Module)
-CONFIG = "_mhc_pending_config"
+Action = Callable[[nn.Module], Any]
+FirstCall = Callable[[nn.Module, Any, Action | None], Any]
+FIRST_CALL = "_mhc_pending_first_call"
 THEN = "_mhc_pending_then"
 
 
 def is_pending(module: nn.Module) -> bool:
     """Whether a module waits for its first call."""
-    return CONFIG in module.__dict__
+    return FIRST_CALL in module.__dict__
 
 
 def refuse_pending(model: nn.Module) -> None:
@@ -36,14 +38,19 @@ def refuse_pending(model: nn.Module) -> None:
             _refuse(module)
 
 
-def postpone(model: M, config: Config) -> M:
-    """Transform a model at its first call, with that call's inputs."""
-    model.__dict__[CONFIG] = config
-    model.__class__ = _pending_class(type(model))  # type: ignore[arg-type]
+def postpone(model: M, first_call: FirstCall) -> M:
+    """Transform a model at its first call, with that call's inputs.
+
+    Args:
+        first_call: is given the model, plain again, its ``(args, kwargs)`` and what is to be done
+            once it is transformed; leaves a plain model if it raises. Pickle takes it along.
+    """
+    model.__dict__[FIRST_CALL] = first_call
+    model.__class__ = _pending_class(type(model))
     return model
 
 
-def then(model: nn.Module, action: Callable[[nn.Module], Any]) -> None:
+def then(model: nn.Module, action: Action) -> None:
     """Have a model that waits do something once it is transformed, before it is called.
 
     Pickle and deepcopy take the action along. If it raises, the model goes on waiting.
@@ -53,7 +60,7 @@ def then(model: nn.Module, action: Callable[[nn.Module], Any]) -> None:
 
 def withdraw(model: M) -> M:
     """Take a postponed transform back."""
-    del model.__dict__[CONFIG]
+    del model.__dict__[FIRST_CALL]
     model.__dict__.pop(THEN, None)
     model.__class__ = _original(model)
     return model
@@ -63,8 +70,14 @@ def _original(module: nn.Module) -> Any:
     return type(module).__mro__[1]
 
 
-@functools.cache
+_classes: weakref.WeakValueDictionary[int, type] = weakref.WeakValueDictionary()
+
+
 def _pending_class(original: Any) -> Any:
+    return class_of(original, _classes, _make_class)
+
+
+def _make_class(original: Any) -> Any:
     namespace: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -81,18 +94,12 @@ def _pending_class(original: Any) -> Any:
 def _first_forward(original: type[nn.Module]) -> Any:
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        from ..transform import revert, transform
-
-        config, action = self.__dict__[CONFIG], self.__dict__.get(THEN)
+        first_call, action = self.__dict__[FIRST_CALL], self.__dict__.get(THEN)
         withdraw(self)
         try:
-            transform(self, example_inputs=(args, kwargs), config=config)
-            if action is not None:
-                action(self)
+            first_call(self, (args, kwargs), action)
         except BaseException:
-            if is_swapped(self):
-                revert(self)
-            postpone(self, config)
+            postpone(self, first_call)
             if action is not None:
                 then(self, action)
             raise

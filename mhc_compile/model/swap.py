@@ -19,6 +19,7 @@ Note [Replaced forwards]
 from __future__ import annotations
 
 import contextvars
+import copy
 import functools
 import types
 import weakref
@@ -31,9 +32,9 @@ import torch
 from torch import fx, nn
 
 from .. import _torch
-from ..passes.errors import MhcError, NotCapturedError, UnsupportedError
-from . import adapters
-from .backward import traced_backward_hooks
+from ..errors import MhcError, NotCapturedError, UnsupportedError
+from . import adapters, callbacks
+from .backward_hooks import traced_backward_hooks
 from .connection import refuse_other_state
 from .declare import Spec, declare
 from .hooks import errors_name_hooks
@@ -113,14 +114,14 @@ def plainly(model: nn.Module) -> Iterator[None]:
         for module, cls, _, _ in kept:
             if (own := _users_forward(module)) is not None:
                 module.__dict__["forward"] = own
-            module.__dict__.pop("_compiled_call_impl", None)
+            module.__dict__.pop(_torch.COMPILED_CALL, None)
             module.__class__ = _without_swap(cls)
             module._modules.pop("mhc", None)  # for a forward that goes through its children
         yield
     finally:
         for module, cls, attributes, children in kept:
             module.__class__ = cls
-            for name in ("forward", "_compiled_call_impl"):
+            for name in ("forward", _torch.COMPILED_CALL):
                 if name in attributes:
                     module.__dict__[name] = attributes[name]
             added = {k: m for k, m in module._modules.items() if k not in children}
@@ -150,12 +151,19 @@ def _swapped_class(original: type[nn.Module]) -> type[nn.Module]:
     # A GraphModule has a class of its own, whose forward `recompile` replaces.
     if issubclass(original, fx.GraphModule):
         return _make_class(original)
-    return _shared_class(original)  # type: ignore[arg-type]
+    return class_of(original, _classes, _make_class)
 
 
-@functools.cache
-def _shared_class(original: type[nn.Module]) -> type[nn.Module]:
-    return _make_class(original)
+# By the identity of the original class, which lives as long as the one made of it.
+_classes: weakref.WeakValueDictionary[int, type] = weakref.WeakValueDictionary()
+
+
+def class_of(original: type, known: Any, make: Callable[[Any], type]) -> Any:
+    """The class that is made of another one: one for all modules, as long as there are some."""
+    made = known.get(id(original))
+    if made is None:
+        made = known[id(original)] = make(original)
+    return made
 
 
 def _make_class(original: type[nn.Module]) -> type[nn.Module]:
@@ -166,7 +174,7 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
         "_mhc_original": original,
         # From the start: transformers wraps the forward of a subclass when it is made.
         "forward": _declaring_forward(original, lambda: swapped),
-        "_compiled_call_impl": _checked_call,
+        _torch.COMPILED_CALL: _checked_call,
         "_replicate_for_data_parallel": _replicate,
         "compile": _compile,
         "_load_from_state_dict": _load_from_state_dict,
@@ -311,11 +319,9 @@ class _CompiledCall:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        from ..backend import eager
-
         self.module, self.forwards = weakref.ref(module), Forwards(module)
         bound = module.__dict__.get("forward") or types.MethodType(type(module).forward, module)
-        self.call = _torch.compile_dynamo(bound, eager)
+        self.call = _torch.compile_dynamo(bound, callbacks.eager)
 
     def is_valid_for(self, module: nn.Module) -> bool:
         return self.module() is module and not self.forwards.changed()
@@ -393,20 +399,18 @@ def _compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
             "residuals. Use model.compile(backend='mhc'), which runs Inductor underneath."
         )
     if backend == "mhc":
-        from ..backend import check_options
-
-        check_options(kwargs.get("options"), Spec.from_json(self.__dict__[SPEC]).config)
+        callbacks.check_options(kwargs.get("options"), Spec.from_json(self.__dict__[SPEC]).config)
     _adopt_forward(self)
     _require_own_forward(type(self))
     nn.Module.compile(self, *args, **{**_torch.own_cache(), **kwargs})
-    compiled, forwards = self.__dict__["_compiled_call_impl"], Forwards(self)
+    compiled, forwards = self.__dict__[_torch.COMPILED_CALL], Forwards(self)
 
     @functools.wraps(compiled)
     def call(*call_args: Any, **call_kwargs: Any) -> Any:
         _require_own_forward(type(self))
         if forwards.changed():
             self.compile(*args, **kwargs)
-            return self.__dict__["_compiled_call_impl"](*call_args, **call_kwargs)
+            return self.__dict__[_torch.COMPILED_CALL](*call_args, **call_kwargs)
         if _torch.is_functorch_active():
             _refuse_functorch(self)
         adapters.before_call(self, call_kwargs)
@@ -417,7 +421,7 @@ def _compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
             self.compile(*args, **kwargs)  # as in _call_as_root
             raise
 
-    self._compiled_call_impl = call
+    self.__dict__[_torch.COMPILED_CALL] = call
 
 
 def _refuse_export(*_: Any) -> None:
@@ -487,7 +491,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
         )
     state = self.__getstate__()
     if isinstance(state, dict):
-        left_out = (*OWN_ATTRIBUTES, "_compiled_call_impl")
+        left_out = (*OWN_ATTRIBUTES, _torch.COMPILED_CALL)
         forward = _users_forward(self)  # adopted again at the call
         own = {} if forward is None else {"forward": forward}
         state = {k: v for k, v in state.items() if k not in left_out} | own
@@ -524,8 +528,6 @@ def _deepcopy_graph_module(self: fx.GraphModule, memo: dict[int, Any]) -> fx.Gra
         if call is not None:
             self.__dict__[CALL] = call
     if "mhc" in self._modules and "mhc" not in copied._modules:
-        import copy
-
         copied._modules["mhc"] = copy.deepcopy(self._modules["mhc"], memo)
     swap(copied, spec)
     return copied

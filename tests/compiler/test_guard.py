@@ -20,14 +20,19 @@ from torch import Tensor, fx, nn
 
 import mhc_compile
 from mhc_compile import _torch, backend
-from mhc_compile.compiler import guard
+from mhc_compile.capture import copy_graph
+from mhc_compile.compiler import context, guard, known_graphs, request
+from mhc_compile.compiler.routes import declared as route
+from mhc_compile.errors import ChainBrokenError
 from mhc_compile.model import swap
 from mhc_compile.model.swap import SPEC
-from mhc_compile.passes.errors import ChainBrokenError
 from mhc_compile.passes.runner import Pass
-from mhc_compile.passes.sites import declared
+from mhc_compile.passes.sites import declared as collecting
 from mhc_compile.passes.sites import detect as detecting
+from mhc_compile.passes.sites import find as finding
+from mhc_compile.passes.sites import names as naming
 from mhc_compile.passes.sites import records as sites
+from mhc_compile.passes.sites import whole
 from mhc_compile.passes.sites.declared import declaration_nodes
 from tests import checks
 from tests.models import WIDTH, relative
@@ -56,14 +61,14 @@ def on_capture(change: Callable[[fx.GraphModule], None]) -> Breaking:
     """Change the graph as Dynamo hands it over."""
 
     def breaking(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
-        original = backend.copy_graph
+        original = backend.Request
 
-        def copied(gm: fx.GraphModule) -> fx.GraphModule:
-            work = original(gm)
-            change(work)
-            return work
+        def changed(gm: fx.GraphModule, *rest: Any) -> Any:
+            copied = copy_graph(gm)
+            change(copied)
+            return original(copied, *rest)
 
-        patch.setattr(backend, "copy_graph", copied)
+        patch.setattr(backend, "Request", changed)
 
     return breaking
 
@@ -188,24 +193,26 @@ def never_declares(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
 
 
 def identities_forgotten(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
-    for module in (sites, detecting, backend, declared):
+    for module in (sites, finding, naming, detecting, collecting, whole, request, known_graphs):
         if hasattr(module, "identity_of"):
             patch.setattr(module, "identity_of", lambda key: "0")
 
 
 def owners_forgotten(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(backend, "owners_in", lambda *models: {})
+    for module in (context, request):
+        patch.setattr(module, "owners_in", lambda *models: {})
 
 
 def owners_mistaken(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
     """Each module's identity leads to the path of another."""
-    original = backend.owners_in
+    original = context.owners_in
 
     def mistaken(*models: nn.Module) -> dict[str, Any]:
         found = dict(original(*models))
         return dict(zip(found, reversed(list(found.values())), strict=True))
 
-    patch.setattr(backend, "owners_in", mistaken)
+    for module in (context, request):
+        patch.setattr(module, "owners_in", mistaken)
 
 
 def connections_exchanged(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
@@ -235,7 +242,7 @@ def nothing_detected(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
 
 def change_behind(name: str, change: Callable[[Any], None], patch: pytest.MonkeyPatch) -> None:
     """Change what a pass has found; nothing ensures any more that it is right."""
-    (step,) = (p for p in backend.EXAMINE if p.name == name)
+    (step,) = (p for p in route.EXAMINE if p.name == name)
 
     def run(gm: fx.GraphModule, context: Any) -> Any:
         result = step.run(gm, context)
@@ -243,7 +250,7 @@ def change_behind(name: str, change: Callable[[Any], None], patch: pytest.Monkey
         return result
 
     wrong = Pass(name, run)
-    patch.setattr(backend, "EXAMINE", tuple(wrong if p is step else p for p in backend.EXAMINE))
+    patch.setattr(route, "EXAMINE", tuple(wrong if p is step else p for p in route.EXAMINE))
 
 
 BREAKINGS: dict[str, Breaking] = {

@@ -28,12 +28,12 @@ from torch import Tensor, fx, nn
 import mhc_compile
 from mhc_compile import Config, backend
 from mhc_compile.capture import copy_graph
+from mhc_compile.compiler.context import context_of
+from mhc_compile.errors import NoSitesError
 from mhc_compile.model.connection import StreamParameters
-from mhc_compile.passes.errors import NoSitesError
 from mhc_compile.passes.sites import detect as detector
 from mhc_compile.passes.sites.canonicalize import canonicalize
 from mhc_compile.passes.sites.detect import detect
-from mhc_compile.transform import context_of
 from tests import checks
 from tests.zoo.rewritten import Captured
 
@@ -110,7 +110,7 @@ def sites_of_detector(gm: fx.GraphModule, model: nn.Module) -> Sites:
     for node in gm.graph.nodes:
         node.meta["captured_as"] = node.name
     inputs = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]
-    context = context_of(gm, inputs, model, Config())
+    context = context_of(gm, inputs, model, config=Config())
     canonicalize(gm, context)
     detect(gm, context)
     assert context.detection is not None

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile import _torch
-from mhc_compile.compiler import guard
-from mhc_compile.inspect import history
+from mhc_compile.compiler import guard, history
+from mhc_compile.errors import CheckError, NotTransformedError
 from mhc_compile.model import initial, swap
 from mhc_compile.model.declare import Spec
 from mhc_compile.model.swap import SPEC
-from mhc_compile.passes.errors import CheckError, NotTransformedError
 from mhc_compile.passes.sites import detect
 from tests import checks
 from tests.models import GPT, ids, pair

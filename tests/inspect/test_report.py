@@ -7,7 +7,8 @@ import torch
 
 import mhc_compile
 from mhc_compile import Reason
-from mhc_compile.inspect.explain import Add, Explanation
+from mhc_compile.inspect.explain import Explanation
+from mhc_compile.inspect.records import Add
 from mhc_compile.inspect.report.html import page
 from mhc_compile.inspect.report.text import table
 from tests.zoo import own

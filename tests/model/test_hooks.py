@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
 from mhc_compile import _torch
-from mhc_compile.model import backward, hooks
+from mhc_compile.model import backward_hooks, hooks
 from tests import checks
 from tests.test_ownership import CALLS, CHANGEABLE, EXACT, WIDTH, Block, Root, branches, tokens
 from tests.zoo.truth import Streams, readout
@@ -447,7 +447,7 @@ def test_backward_hooks_see_what_they_see_in_the_plain_model(make, places, train
     _, actual = seen_by(lambda: run(call))
     assert expected and any(t is not None and t.any() for t in expected)
     assert_equal(actual, expected)
-    assert not backward._waiting
+    assert not backward_hooks._waiting
     checks.assert_moves(model, (tokens(),), called=call)
 
 
@@ -477,7 +477,7 @@ def test_calls_whose_backward_comes_late_or_twice_or_in_part(called):
     assert len(first) == 2 * len(once)
     assert_equal(first, [*(2 * t for t in once), *once])
     torch.autograd.grad(call(x).sum(), [model.p.a.weight])  # past the hook's second half
-    assert not backward._waiting
+    assert not backward_hooks._waiting
     checks.assert_moves(model, (tokens(),), called=call)
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 
 from mhc_compile import Config
 from mhc_compile.capture import capture, merge
+from mhc_compile.compiler.context import context_of
 from mhc_compile.passes.context import Context
 from mhc_compile.passes.sites.detect import detect
 from mhc_compile.passes.sites.records import Detection
-from mhc_compile.transform import context_of
 
 WIDTH = 6
 
@@ -40,7 +40,7 @@ def captured(function: Callable[..., Any], *inputs: Tensor) -> tuple[fx.GraphMod
     """The graph of a program and the context in which every site found is taken."""
     program = Program(function)
     gm, values = merge(capture(program, inputs or (stream(),), {}))
-    return gm, context_of(gm, values, program, Config())
+    return gm, context_of(gm, values, program, config=Config())
 
 
 def detected(function: Callable[..., Any], *inputs: Tensor) -> Detection:

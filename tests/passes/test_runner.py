@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from mhc_compile.errors import NoSitesError
 from mhc_compile.passes.context import PassResult
-from mhc_compile.passes.errors import NoSitesError
 from mhc_compile.passes.pipeline import EXAMINE
 from mhc_compile.passes.runner import Pass, Tier, run_pipeline
 

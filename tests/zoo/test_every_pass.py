@@ -134,7 +134,7 @@ def test_one_graph_where_equal_sizes_are_written_in_two_ways() -> None:
 def test_each_version_in_the_history_is_python_that_runs() -> None:
     """From `widen` on it computes the same; what a pass says of itself is true."""
     captured = Captured.perturbed(gpt(FP64), {"ids": ids()})
-    rewritten = captured.eagerly()
+    rewritten = captured.eagerly(history="full")
     truth, code = captured.run(rewritten), ""
     assert [entry.name for entry in rewritten.history] == ["capture", *NAMES]
     for entry in rewritten.history:
@@ -148,7 +148,7 @@ def test_each_version_in_the_history_is_python_that_runs() -> None:
 
 def test_each_version_of_a_partitioned_graph_is_python_that_runs() -> None:
     captured = Captured.perturbed(gpt(FP64), {"ids": ids()})
-    fused = captured.partitioned()
+    fused = captured.partitioned(history="full")
     captured.run(fused)
     entries = [entry for entry in fused.history if entry.graph != "captured"]
     assert [(e.graph, e.name) for e in entries] == [

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import mhc_compile
 from benchmarks.rotation import measure
 from mhc_compile import Config
+from mhc_compile.errors import GraphBreakError
 from mhc_compile.kernels import reference
-from mhc_compile.passes.errors import GraphBreakError
 from tests import checks
 from tests.checks import output_error, run
 from tests.models import GPT, ids

@@ -1,17 +1,14 @@
-"""An ``Explanation`` as one HTML file that needs nothing else: no scripts, no fonts, no network."""
+"""The adds of a model as one HTML file that needs nothing else: no scripts, fonts or network."""
 
 from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jinja2 import Environment
 
+from ..records import Adds
 from .text import by_reason, summary
-
-if TYPE_CHECKING:
-    from ..explain import Explanation
 
 __all__ = ["page", "write"]
 
@@ -66,7 +63,7 @@ _TEMPLATE = """\
 """
 
 
-def page(explanation: Explanation) -> str:
+def page(explanation: Adds) -> str:
     """The report as HTML; every name, reason and path is escaped."""
     environment = Environment(autoescape=True, trim_blocks=True)
     return environment.from_string(_TEMPLATE).render(
@@ -76,7 +73,7 @@ def page(explanation: Explanation) -> str:
     )
 
 
-def write(explanation: Explanation, path: str | PathLike[str]) -> None:
+def write(explanation: Adds, path: str | PathLike[str]) -> None:
     """Write the report, replacing the file if it exists.
 
     Raises:

@@ -1,23 +1,21 @@
-"""An ``Explanation`` as text for the terminal."""
+"""The adds of a model as text for the terminal."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from ..explain import Add, Explanation
+from ..records import Add, Adds
 
 __all__ = ["by_reason", "summary", "table", "where"]
 
 WIDTH = 100
 
 
-def table(explanation: Explanation, *, width: int = WIDTH) -> str:
+def table(explanation: Adds, *, width: int = WIDTH) -> str:
     """The accepted adds in the order of the forward, then the rejected ones by reason.
 
     Args:
@@ -45,7 +43,7 @@ def table(explanation: Explanation, *, width: int = WIDTH) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def summary(explanation: Explanation) -> str:
+def summary(explanation: Adds) -> str:
     """One line: how many adds were accepted and rejected."""
     sites, chains = len(explanation.sites), len(explanation.chains)
     whose = " of its own" if explanation.own else ""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import mhc_compile
-from mhc_compile.passes.errors import NoSitesError
+from mhc_compile.errors import NoSitesError
 from mhc_compile.passes.graph.operators import Kind, op_name, op_of
 from tests.passes.graphs import WIDTH
 

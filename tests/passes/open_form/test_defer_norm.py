@@ -450,7 +450,7 @@ def test_a_llama_trains_with_its_norms_deferred(dtype: torch.dtype) -> None:
 
 
 def test_a_model_whose_norms_are_layer_norms_has_nothing_of_its_own_to_defer() -> None:
-    _, model = pair(defer_norms=True)
+    _, model = pair(defer_norms=True, history="full")
     model(ids())
     assert list(history_of(model).notes) == ["4 of mappings deferred"]
     assert "rms_norm" not in history_of(model).code

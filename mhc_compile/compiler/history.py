@@ -10,15 +10,17 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .. import _torch
+from ..config import Config
+from ..errors import MhcError, NotCapturedError, NotTransformedError
 from ..model.connection import StreamParameters
+from ..model.pending import refuse_pending
 from ..passes.context import Context
-from ..passes.errors import NotCapturedError, NotTransformedError
 from ..passes.fusion.fused_sites import fused_sites
 from ..passes.fusion.report_kernels import emitted
-from ..passes.runner import HistoryEntry
+from ..passes.runner import NOT_KEPT, HistoryEntry
 from ..passes.sites.records import FusedSite
 
-__all__ = ["RewrittenGraph", "graphs", "record", "trace"]
+__all__ = ["RewrittenGraph", "graphs", "kept", "record"]
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,29 @@ class RewrittenGraph:
     """One captured graph of a transformed model.
 
     Attributes:
-        before: the graph as Dynamo captured it (``.code`` is Python).
-        after: the graph that runs.
-        history: one entry for each pass: ``.name``, ``.milliseconds``, ``.notes``, ``.code``. When
-            Inductor has compiled a forward, backward or inference graph of it, and not taken it
-            from a cache, the entries of that one follow (``.graph`` says which).
+        after: the graph that runs (``.code`` is Python).
+        history: one entry for each pass: ``.name``, ``.milliseconds``, ``.notes``, ``.operators``,
+            and with ``Config(history="full")`` ``.code``. When Inductor has compiled a forward,
+            backward or inference graph of it, and not taken it from a cache, the entries of that
+            one follow (``.graph`` says which).
         sites: the sites that were rewritten in this graph.
     """
 
-    before: fx.GraphModule
+    captured: fx.GraphModule | None = field(repr=False)
     after: fx.GraphModule
     history: Sequence[HistoryEntry] = field(repr=False)
     sites: Sequence[FusedSite] = field(repr=False)
+
+    @property
+    def before(self) -> fx.GraphModule:
+        """The graph as Dynamo captured it.
+
+        Raises:
+            MhcError: it was not kept.
+        """
+        if self.captured is None:
+            raise MhcError(NOT_KEPT)
+        return self.captured
 
     @property
     def sources(self) -> dict[str, str]:
@@ -50,8 +63,14 @@ _graphs: Any = _torch.WeakTensorKeyDictionary()
 _number = itertools.count()
 
 
+def kept(entries: Sequence[HistoryEntry], config: Config) -> list[HistoryEntry]:
+    """What is kept of a run of the passes, once PyTorch's trace has the rest."""
+    _trace(entries)
+    return [e if config.history == "full" else e.without_code() for e in entries]
+
+
 def record(
-    before: fx.GraphModule,
+    before: fx.GraphModule | None,
     after: fx.GraphModule,
     history: Sequence[HistoryEntry],
     context: Context,
@@ -63,6 +82,7 @@ def record(
     remembered under all parameters among its inputs.
 
     Args:
+        before: the graph as it was captured, where that is kept.
         history: kept as it is, because Inductor compiles a backward graph only when it is run.
     """
     sites = context.detection.sites if context.detection is not None else ()
@@ -80,7 +100,7 @@ def record(
             _graphs.setdefault(value, {})[number] = graph
 
 
-def trace(entries: Sequence[HistoryEntry]) -> None:
+def _trace(entries: Sequence[HistoryEntry]) -> None:
     """Put every version of a graph that differs from the one before into PyTorch's trace."""
     for number, entry in enumerate(entries):
         if entry.changed:
@@ -98,8 +118,6 @@ def graphs(model: nn.Module) -> list[RewrittenGraph]:
         NotTransformedError: it is neither.
         NotCapturedError: it was not called yet.
     """
-    from ..model.pending import refuse_pending
-
     refuse_pending(model)
     found: dict[int, RewrittenGraph] = {}
     for parameter in model.parameters():

@@ -34,8 +34,9 @@ from torch import Tensor, fx, nn
 from torch.library import custom_op
 
 from .. import _torch
-from ..passes.errors import UnsupportedError
+from ..errors import UnsupportedError
 from ..passes.sites.records import location_of
+from .hooks import described
 
 __all__ = ["number_calls", "traced_backward_hooks"]
 
@@ -344,8 +345,6 @@ def _hooks_of(
 
 
 def _returns_stream(module: nn.Module, hook: Callable[..., Any]) -> str:
-    from .hooks import described
-
     return (
         f"The backward hook {described(hook)} on a {type(module).__name__} returns another "
         "gradient for a residual stream. A transformed model has several streams there and the "
