@@ -31,7 +31,7 @@ from mhc_compile.capture import copy_graph
 from mhc_compile.compiler.context import context_of
 from mhc_compile.errors import NoSitesError
 from mhc_compile.model.connection import StreamParameters
-from mhc_compile.passes.sites import detect as detector
+from mhc_compile.passes.sites import find as detector
 from mhc_compile.passes.sites.canonicalize import canonicalize
 from mhc_compile.passes.sites.detect import detect
 from tests import checks
@@ -302,23 +302,23 @@ def test_every_feature_occurs_twenty_times() -> None:
 def forget_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chain ends at a norm, as if LayerNorm were not stream-wise."""
     right = detector.streamwise_operands
-    wrong = lambda node: [] if detector.op_name(node) == "layer_norm" else right(node)  # noqa: E731
+    wrong = lambda node: [] if detector.op_of(node).name == "layer_norm" else right(node)  # noqa: E731
     monkeypatch.setattr(detector, "streamwise_operands", wrong)
 
 
 def never_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parallel branches are not gathered into one sum."""
-    monkeypatch.setattr(detector._Detector, "_merges", lambda self, inner, sibling: False)
+    monkeypatch.setattr(detector.Finder, "_merges", lambda self, inner, sibling: False)
 
 
 def take_recurrences(monkeypatch: pytest.MonkeyPatch) -> None:
     """A state that starts at a constant, and on which no weight acts, counts as a stream."""
-    monkeypatch.setattr(detector._Detector, "_is_learned", lambda self, x, terms: True)
+    monkeypatch.setattr(detector.Finder, "_is_learned", lambda self, x, terms: True)
 
 
 def take_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sum of two states of one stream counts as a site."""
-    monkeypatch.setattr(detector._Detector, "_is_later_state", lambda self, node, x: False)
+    monkeypatch.setattr(detector.Finder, "_is_later_state", lambda self, node, x: False)
 
 
 @pytest.mark.parametrize("bug", [forget_norms, never_merge, take_recurrences, take_states])
