@@ -32,12 +32,12 @@ from ..operands import (
 )
 from ..variants import Variant
 from . import codegen, projection, sums
-from .launch import launch, token_blocks
-from .limits import MOST_COLUMNS, MOST_STREAMS
+from .launch import launch
 from .post_res import post_res, post_res_backward
 from .pre import dots, pre, pre_backward
 from .readout import expand, expand_backward, readout, readout_backward
 from .seam import post_res_project, seam_gradients
+from .tuning import DTYPES, MOST_COLUMNS, MOST_STREAMS, cdiv, tokens_per_program
 
 __all__ = [
     "LANGUAGE",
@@ -64,7 +64,7 @@ LANGUAGE = "Triton"
 
 def supports(dtype: torch.dtype, n: int, variant: Variant | None = None) -> bool:
     """Whether the functions here take such streams, and coefficients of such a variant."""
-    if dtype not in projection.DTYPES or n > MOST_STREAMS:
+    if dtype not in DTYPES or n > MOST_STREAMS:
         return False
     return variant is None or sum(variant.columns(n)) <= MOST_COLUMNS
 
@@ -151,9 +151,9 @@ def _chain_forward(
     splits, _, columns = y_parts.shape
     shapes = ((T, n), (T, n), (T, n, n), (T, columns), (T,))
     H_pre, H_post, H_res, y, inv_r = (y_parts.new_empty(shape) for shape in shapes)
-    BT = codegen.tokens_per_program(n)
+    BT = tokens_per_program(n)
     launch(
-        codegen.load(variant, n).chain_forward, (token_blocks(T, BT),),
+        codegen.load(variant, n).chain_forward, (cdiv(T, BT),),
         H_pre, H_post, H_res, y, inv_r, y_parts, square_parts, alpha, bias, T, n * C, eps,
         SPLITS=splits, BT=BT, num_warps=1,
     )  # fmt: skip
@@ -173,8 +173,8 @@ def _chain_backward(
 ) -> Triple:
     """dy [T, columns], norm_grad [T], and sums for dα and db, [programs, 2, columns]."""
     T, n, C = X.shape
-    BT = codegen.tokens_per_program(n)
-    programs = token_blocks(T, BT)
+    BT = tokens_per_program(n)
+    programs = cdiv(T, BT)
     dy, norm_grad = torch.empty_like(y), torch.empty_like(inv_r)
     chain_sums = y.new_empty(programs, 2, y.shape[1])
     launch(
