@@ -38,7 +38,7 @@ def main() -> None:
 INTRODUCTION = """\
 # Bytes, operations and predicted times
 
-`python benchmarks/traffic.py` (`make kernels-table`): what `kernels/traffic.py` says of each
+`python benchmarks/traffic.py` (`make kernels-table`): what `kernels/traffic/` says of each
 operator with {tokens:,} tokens of bfloat16 streams and the n² + 2n columns of φ of the `mhc`
 variant. **Nothing here is measured on a GPU. Microseconds are PREDICTED**, by a roofline: launches
 one after the other, plus the slowest of device memory, last cache and matrix units. They are what

@@ -18,46 +18,16 @@ a token's sums do not depend on how many tokens there are.
 import torch
 from torch import Tensor
 
-from ..operands import (
-    Closed,
-    Coefficients,
-    Gradients,
-    Mapping,
-    Opened,
-    Parameters,
-    Saved,
-    Seven,
-    Six,
-    Triple,
-)
+from ..operands import Closed, Mapping, Opened, Parameters, Saved
+from ..results import Coefficients, Gradients, Seven, Six, Triple
 from ..variants import Variant
 from . import codegen, projection, sums
 from .launch import launch
-from .post_res import post_res, post_res_backward
-from .pre import dots, pre, pre_backward
-from .readout import expand, expand_backward, readout, readout_backward
+from .post_res import post_res, post_res_backward  # noqa: F401  (a function of `Kernels`)
+from .pre import dots, pre, pre_backward  # noqa: F401
+from .readout import expand, expand_backward, readout, readout_backward  # noqa: F401
 from .seam import post_res_project, seam_gradients
 from .tuning import DTYPES, MOST_COLUMNS, MOST_STREAMS, cdiv, tokens_per_program
-
-__all__ = [
-    "LANGUAGE",
-    "coefficients",
-    "coefficients_backward",
-    "coefficients_pre",
-    "coefficients_pre_backward",
-    "expand",
-    "expand_backward",
-    "post_res",
-    "post_res_backward",
-    "pre",
-    "pre_backward",
-    "readout",
-    "readout_backward",
-    "seam",
-    "seam_backward",
-    "source",
-    "supports",
-]
 
 LANGUAGE = "Triton"
 
