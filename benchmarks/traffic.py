@@ -54,8 +54,8 @@ a kernel that reaches the copy rate of the device would take.
   three times the former, since φ and dy are two terms of bfloat16 each.
 
 Requested and apart are, byte for byte, what Triton's interpreter counts
-(`tests/kernels/test_traffic.py`). Apart is cut as for GPUs of NVIDIA; the prediction for MI300X is
-of the cut for AMD. `add` is the residual add of a plain model, for comparison.
+(`tests/kernels/traffic/test_traffic.py`). Apart is cut as for GPUs of NVIDIA; the prediction for
+MI300X is of the cut for AMD. `add` is the residual add of a plain model, for comparison.
 
 Assumed of the GPUs:
 

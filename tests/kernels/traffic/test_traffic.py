@@ -1,4 +1,4 @@
-"""Bytes of the operators: the table of `traffic.py`, and what kernels really ask for."""
+"""Bytes of the operators: the tables of `kernels.traffic`, and what kernels really ask for."""
 
 import subprocess
 import sys
@@ -14,8 +14,8 @@ from mhc_compile.kernels.gpu import post_res, pre, readout, tuning
 from mhc_compile.kernels.operands import Closed, Mapping, Opened, Parameters, Saved
 from mhc_compile.kernels.variants import get_variant
 
-from .counting import requested_bytes
-from .sites import Site
+from ..counting import requested_bytes
+from ..sites import Site
 
 # For n = 4, in units of C elements a token: floor, and what is requested of L2 or memory.
 UNITS = {
