@@ -183,11 +183,6 @@ def expand(x: Tensor, n: int) -> Tensor:
     return _expand(x, n, 1.0)
 
 
-def expand_backward(dX: Tensor) -> Tensor:
-    """dx [T, C], the sum over streams."""
-    return readout(dX, "sum")
-
-
 def _readout_factor(kind: str, n: int) -> float:
     if kind not in ("mean", "sum"):
         raise ValueError(f"readout kind must be 'mean' or 'sum', got {kind!r}")

@@ -52,7 +52,7 @@ def coefficients(mapping: Mapping, *, variant: Variant, eps: float) -> Coefficie
 
 def coefficients_backward(dH: Triple, saved: Saved, *, variant: Variant, eps: float) -> Gradients:
     """dX, dφ, dα, db of `coefficients`."""
-    dy, norm_grad, chain_sums = _chain_backward(*dH, *_chain_of(saved), variant)
+    dy, norm_grad, chain_sums = _chain_backward(dH, saved, variant)
     dX, dphi_parts = projection.gradients(saved.X, saved.phi, dy, norm_grad)
     return dX, *_parameters(dphi_parts, chain_sums, saved.X, variant)
 
@@ -68,9 +68,8 @@ def coefficients_pre_backward(
 ) -> Gradients:
     """dX, dφ, dα, db of `coefficients_pre`; `partial`, if given, is added to dX."""
     dh, dH_post, dH_res, H_pre = opened
-    dy, norm_grad, chain_sums = _chain_backward(
-        dots(dh, saved.X), dH_post, dH_res, *_chain_of(saved), variant
-    )
+    dH = dots(dh, saved.X), dH_post, dH_res
+    dy, norm_grad, chain_sums = _chain_backward(dH, saved, variant)
     dX, dphi_parts = projection.gradients(
         saved.X, saved.phi, dy, norm_grad, dh=dh, H_pre=H_pre, partial=partial
     )
@@ -96,9 +95,8 @@ def seam_backward(
 ) -> Seven:
     """dφ, dα, db, dH_res, dH_post, dX, df of `seam`; `partial` is a further gradient of X'."""
     dh, dH_post, dH_res, H_pre = opened
-    dy, norm_grad, chain_sums = _chain_backward(
-        dots(dh, saved.X), dH_post, dH_res, *_chain_of(saved), variant
-    )
+    dH = dots(dh, saved.X), dH_post, dH_res
+    dy, norm_grad, chain_sums = _chain_backward(dH, saved, variant)
     *of_closed, dphi_parts = seam_gradients(
         dh, H_pre, saved.X, saved.phi, dy, norm_grad, partial, closed
     )
@@ -130,18 +128,9 @@ def _chain_forward(
     return H_pre, H_post, H_res, y, inv_r
 
 
-def _chain_backward(
-    dH_pre: Tensor,
-    dH_post: Tensor,
-    dH_res: Tensor,
-    X: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-    variant: Variant,
-) -> Triple:
+def _chain_backward(dH: Triple, saved: Saved, variant: Variant) -> Triple:
     """dy [T, columns], norm_grad [T], and sums for dα and db, [programs, 2, columns]."""
+    X, _, alpha, bias, y, inv_r = saved
     T, n, C = X.shape
     BT = tokens_per_program(n)
     programs = cdiv(T, BT)
@@ -149,15 +138,10 @@ def _chain_backward(
     chain_sums = y.new_empty(programs, 2, y.shape[1])
     launch(
         codegen.load(variant, n).chain_backward, (programs,),
-        dy, norm_grad, chain_sums, dH_pre, dH_post, dH_res, alpha, bias, y, inv_r, T, n * C,
+        dy, norm_grad, chain_sums, *dH, alpha, bias, y, inv_r, T, n * C,
         BT=BT, num_warps=1,
     )  # fmt: skip
     return dy, norm_grad, chain_sums
-
-
-def _chain_of(saved: Saved) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the backward of the chain reads of it: all but φ."""
-    return saved.X, saved.alpha, saved.bias, saved.y, saved.inv_r
 
 
 def _parameters(dphi_parts: Tensor, chain_sums: Tensor, X: Tensor, variant: Variant) -> Triple:
