@@ -176,7 +176,7 @@ def document(results: dict[str, Any]) -> str:
         "Milliseconds, and the share of the copy rate at which the bytes that each has to move"
     ]
     lines += [
-        "are moved: kernels/traffic.py. Products with φ take the rest of the time; the chain (at 8 "
+        "are moved: kernels/traffic/. Products with φ take the rest of the time; the chain (at 8 "
         "channels, where",
         "the product is nothing) is a part of what has coefficients in its name, and of seams.",
         "",

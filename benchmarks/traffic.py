@@ -34,7 +34,7 @@ def main() -> None:
 INTRODUCTION = """\
 # Bytes, operations and predicted times
 
-`python -m benchmarks.traffic` (`make kernels-table`): what `kernels/traffic.py` says of each
+`python -m benchmarks.traffic` (`make kernels-table`): what `kernels/traffic/` says of each
 operator with {tokens:,} tokens of bfloat16 streams and the n² + 2n columns of φ of the `mhc`
 variant. **Nothing here is measured on a GPU. Microseconds are PREDICTED**, by a roofline: launches
 one after the other, plus the slowest of device memory, last cache and matrix units. They are what
@@ -50,8 +50,8 @@ a kernel that reaches the copy rate of the device would take.
   three times the former, since φ and dy are two terms of bfloat16 each.
 
 Requested and apart are, byte for byte, what Triton's interpreter counts
-(`tests/kernels/test_traffic.py`). Apart is cut as for GPUs of NVIDIA; the prediction for MI300X is
-of the cut for AMD. `add` is the residual add of a plain model, for comparison.
+(`tests/kernels/traffic/test_traffic.py`). Apart is cut as for GPUs of NVIDIA; the prediction for
+MI300X is of the cut for AMD. `add` is the residual add of a plain model, for comparison.
 
 Assumed of the GPUs:
 

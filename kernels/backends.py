@@ -17,19 +17,8 @@ from torch import Tensor
 
 from . import eager
 from .cpu import backend as cpu
-from .operands import (
-    Closed,
-    Coefficients,
-    Gradients,
-    Mapping,
-    Opened,
-    Pair,
-    Parameters,
-    Saved,
-    Seven,
-    Six,
-    Triple,
-)
+from .operands import Closed, Mapping, Opened, Parameters, Saved
+from .results import Coefficients, Gradients, Pair, Seven, Six, Triple
 from .variants import Variant, parse_variant
 
 __all__ = ["Kernels", "Plan", "implementation", "plan", "planned"]

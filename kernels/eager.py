@@ -16,19 +16,8 @@ from torch import Tensor
 
 from . import reference
 from .dtypes import compute_dtype
-from .operands import (
-    Closed,
-    Coefficients,
-    Gradients,
-    Mapping,
-    Opened,
-    Pair,
-    Parameters,
-    Saved,
-    Seven,
-    Six,
-    Triple,
-)
+from .operands import Closed, Mapping, Opened, Parameters, Saved
+from .results import Coefficients, Gradients, Pair, Seven, Six, Triple
 from .variants import Gate, Variant
 
 LANGUAGE = "PyTorch"

@@ -55,18 +55,6 @@ class Opened(NamedTuple):
     H_pre: Tensor
 
 
-Pair = tuple[Tensor, Tensor]
-Triple = tuple[Tensor, Tensor, Tensor]
-
-Coefficients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""H_pre, H_post, H_res, y, inv_r."""
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of X, φ, α, b; or of H_res, H_post, X, f."""
-
-Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
 WITH_CHANNELS = frozenset({"X", "partial", "f", "dh"})
 """Which of them are streams, or a branch's input or output."""
 

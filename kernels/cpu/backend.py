@@ -23,20 +23,8 @@ import torch
 from torch import Tensor
 
 from ..dtypes import compute_dtype
-from ..operands import (
-    WITH_CHANNELS,
-    Closed,
-    Coefficients,
-    Gradients,
-    Mapping,
-    Opened,
-    Pair,
-    Parameters,
-    Saved,
-    Seven,
-    Six,
-    Triple,
-)
+from ..operands import WITH_CHANNELS, Closed, Mapping, Opened, Parameters, Saved
+from ..results import Coefficients, Gradients, Pair, Seven, Six, Triple
 from ..variants import Variant
 from . import codegen as codegen_cpp
 from . import native
@@ -195,11 +183,6 @@ def expand(x: Tensor, n: int) -> Tensor:
     return _expand(x, n, 1.0)
 
 
-def expand_backward(dX: Tensor) -> Tensor:
-    """dx [T, C], the sum over streams."""
-    return readout(dX, "sum")
-
-
 def _readout_factor(kind: str, n: int) -> float:
     if kind not in ("mean", "sum"):
         raise ValueError(f"readout kind must be 'mean' or 'sum', got {kind!r}")
@@ -280,16 +263,11 @@ def _forward(
     site: _Site, mapping: Mapping, eps: float, h: Tensor | None = None, closed: Closed | None = None
 ) -> Coefficients:
     """The coefficients from X, with h = H_pre X into `h`; X is made first of what was closed."""
-    T, n, columns, K = site.T, site.n, site.columns, site.compute
+    columns, K = site.columns, site.compute
     X, *parameters = site.pointers(Mapping._fields, mapping)
     before = (None,) * 4 if closed is None else site.pointers(Closed._fields, closed)
-    results = (
-        torch.empty((T, n), dtype=K),
-        torch.empty((T, n), dtype=K),
-        torch.empty((T, n, n), dtype=K),
-        torch.empty((T, columns), dtype=K),
-        torch.empty((T,), dtype=K),
-    )
+    names = "H_pre", "H_post", "H_res", "y", "inv_r"
+    results = [torch.empty(site.shapes[name], dtype=K) for name in names]
     workspace = torch.empty(site.library.forward_workspace(site.C, columns), dtype=K)
     site.call(
         "site_forward",
@@ -303,7 +281,7 @@ def _forward(
         None if h is None else h.data_ptr(),
         *map(Tensor.data_ptr, results),
     )
-    return results
+    return tuple(results)  # type: ignore[return-value]
 
 
 def _backward(

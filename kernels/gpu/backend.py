@@ -18,53 +18,23 @@ a token's sums do not depend on how many tokens there are.
 import torch
 from torch import Tensor
 
-from ..operands import (
-    Closed,
-    Coefficients,
-    Gradients,
-    Mapping,
-    Opened,
-    Parameters,
-    Saved,
-    Seven,
-    Six,
-    Triple,
-)
+from ..operands import Closed, Mapping, Opened, Parameters, Saved
+from ..results import Coefficients, Gradients, Seven, Six, Triple
 from ..variants import Variant
 from . import codegen, projection, sums
-from .launch import launch, token_blocks
-from .limits import MOST_COLUMNS, MOST_STREAMS
-from .post_res import post_res, post_res_backward
-from .pre import dots, pre, pre_backward
-from .readout import expand, expand_backward, readout, readout_backward
+from .launch import launch
+from .post_res import post_res, post_res_backward  # noqa: F401  (a function of `Kernels`)
+from .pre import dots, pre, pre_backward  # noqa: F401
+from .readout import expand, expand_backward, readout, readout_backward  # noqa: F401
 from .seam import post_res_project, seam_gradients
-
-__all__ = [
-    "LANGUAGE",
-    "coefficients",
-    "coefficients_backward",
-    "coefficients_pre",
-    "coefficients_pre_backward",
-    "expand",
-    "expand_backward",
-    "post_res",
-    "post_res_backward",
-    "pre",
-    "pre_backward",
-    "readout",
-    "readout_backward",
-    "seam",
-    "seam_backward",
-    "source",
-    "supports",
-]
+from .tuning import DTYPES, MOST_COLUMNS, MOST_STREAMS, cdiv, tokens_per_program
 
 LANGUAGE = "Triton"
 
 
 def supports(dtype: torch.dtype, n: int, variant: Variant | None = None) -> bool:
     """Whether the functions here take such streams, and coefficients of such a variant."""
-    if dtype not in projection.DTYPES or n > MOST_STREAMS:
+    if dtype not in DTYPES or n > MOST_STREAMS:
         return False
     return variant is None or sum(variant.columns(n)) <= MOST_COLUMNS
 
@@ -82,7 +52,7 @@ def coefficients(mapping: Mapping, *, variant: Variant, eps: float) -> Coefficie
 
 def coefficients_backward(dH: Triple, saved: Saved, *, variant: Variant, eps: float) -> Gradients:
     """dX, dφ, dα, db of `coefficients`."""
-    dy, norm_grad, chain_sums = _chain_backward(*dH, *_chain_of(saved), variant)
+    dy, norm_grad, chain_sums = _chain_backward(dH, saved, variant)
     dX, dphi_parts = projection.gradients(saved.X, saved.phi, dy, norm_grad)
     return dX, *_parameters(dphi_parts, chain_sums, saved.X, variant)
 
@@ -98,9 +68,8 @@ def coefficients_pre_backward(
 ) -> Gradients:
     """dX, dφ, dα, db of `coefficients_pre`; `partial`, if given, is added to dX."""
     dh, dH_post, dH_res, H_pre = opened
-    dy, norm_grad, chain_sums = _chain_backward(
-        dots(dh, saved.X), dH_post, dH_res, *_chain_of(saved), variant
-    )
+    dH = dots(dh, saved.X), dH_post, dH_res
+    dy, norm_grad, chain_sums = _chain_backward(dH, saved, variant)
     dX, dphi_parts = projection.gradients(
         saved.X, saved.phi, dy, norm_grad, dh=dh, H_pre=H_pre, partial=partial
     )
@@ -126,9 +95,8 @@ def seam_backward(
 ) -> Seven:
     """dφ, dα, db, dH_res, dH_post, dX, df of `seam`; `partial` is a further gradient of X'."""
     dh, dH_post, dH_res, H_pre = opened
-    dy, norm_grad, chain_sums = _chain_backward(
-        dots(dh, saved.X), dH_post, dH_res, *_chain_of(saved), variant
-    )
+    dH = dots(dh, saved.X), dH_post, dH_res
+    dy, norm_grad, chain_sums = _chain_backward(dH, saved, variant)
     *of_closed, dphi_parts = seam_gradients(
         dh, H_pre, saved.X, saved.phi, dy, norm_grad, partial, closed
     )
@@ -151,43 +119,29 @@ def _chain_forward(
     splits, _, columns = y_parts.shape
     shapes = ((T, n), (T, n), (T, n, n), (T, columns), (T,))
     H_pre, H_post, H_res, y, inv_r = (y_parts.new_empty(shape) for shape in shapes)
-    BT = codegen.tokens_per_program(n)
+    BT = tokens_per_program(n)
     launch(
-        codegen.load(variant, n).chain_forward, (token_blocks(T, BT),),
+        codegen.load(variant, n).chain_forward, (cdiv(T, BT),),
         H_pre, H_post, H_res, y, inv_r, y_parts, square_parts, alpha, bias, T, n * C, eps,
         SPLITS=splits, BT=BT, num_warps=1,
     )  # fmt: skip
     return H_pre, H_post, H_res, y, inv_r
 
 
-def _chain_backward(
-    dH_pre: Tensor,
-    dH_post: Tensor,
-    dH_res: Tensor,
-    X: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    y: Tensor,
-    inv_r: Tensor,
-    variant: Variant,
-) -> Triple:
+def _chain_backward(dH: Triple, saved: Saved, variant: Variant) -> Triple:
     """dy [T, columns], norm_grad [T], and sums for dα and db, [programs, 2, columns]."""
+    X, _, alpha, bias, y, inv_r = saved
     T, n, C = X.shape
-    BT = codegen.tokens_per_program(n)
-    programs = token_blocks(T, BT)
+    BT = tokens_per_program(n)
+    programs = cdiv(T, BT)
     dy, norm_grad = torch.empty_like(y), torch.empty_like(inv_r)
     chain_sums = y.new_empty(programs, 2, y.shape[1])
     launch(
         codegen.load(variant, n).chain_backward, (programs,),
-        dy, norm_grad, chain_sums, dH_pre, dH_post, dH_res, alpha, bias, y, inv_r, T, n * C,
+        dy, norm_grad, chain_sums, *dH, alpha, bias, y, inv_r, T, n * C,
         BT=BT, num_warps=1,
     )  # fmt: skip
     return dy, norm_grad, chain_sums
-
-
-def _chain_of(saved: Saved) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the backward of the chain reads of it: all but φ."""
-    return saved.X, saved.alpha, saved.bias, saved.y, saved.inv_r
 
 
 def _parameters(dphi_parts: Tensor, chain_sums: Tensor, X: Tensor, variant: Variant) -> Triple:

@@ -18,18 +18,9 @@ import math
 from functools import cache
 from types import ModuleType
 
-from ..residuals.residual import Chain, padded
+from ..residuals.residual import Chain
 from ..variants import Gate, Variant
 from . import generated
-from .launch import lanes
-
-_ELEMENTS = 16
-"""Numbers of H_res in the registers of a thread; a program is one warp."""
-
-
-def tokens_per_program(n: int) -> int:
-    """BT: a token per thread, fewer where its n² numbers do not fit the registers of one."""
-    return min(lanes(), max(1, _ELEMENTS * lanes() // padded(n) ** 2))
 
 
 def source(variant: Variant, n: int) -> str:

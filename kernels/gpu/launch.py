@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 
@@ -65,42 +64,6 @@ def recording() -> Iterator[list[Launch]]:
         yield _recorded
     finally:
         _recorded = before
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How a token-wise kernel cuts its work: a program has `tokens` rows, `channels` at a time."""
-
-    tokens: int
-    channels: int
-    lane: int
-    warps: int = 1
-
-
-def blocks(C: int, dtype: torch.dtype) -> Blocks:
-    """One warp a program: a token, or several where C is smaller than the warp is wide.
-
-    A lane holds `lane` neighbouring channels, 16 bytes: one access of the widest kind per stream,
-    and only 8 float32 registers for a stream of 16 bits. With a single warp, sums over channels
-    and the few numbers of a token need neither shared memory nor barriers.
-    """
-    lane = _WIDEST_ACCESS // dtype.itemsize
-    warp = lanes() * lane
-    width = min(warp, triton.next_power_of_2(C))
-    return Blocks(tokens=min(warp // width, lanes()), channels=width, lane=min(lane, width))
-
-
-_WIDEST_ACCESS = 16
-
-
-def lanes() -> int:
-    """Threads of a warp: 64 on AMD's GPUs for computing, 32 on NVIDIA's."""
-    return 64 if torch.version.hip else 32
-
-
-def token_blocks(T: int, tokens: int) -> int:
-    """Number of blocks of `tokens` tokens, the last one partial."""
-    return triton.cdiv(T, tokens)
 
 
 def _current(device: torch.device) -> Any:

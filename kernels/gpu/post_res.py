@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import blocks, contiguous, launch, token_blocks
+from .launch import contiguous, launch
 from .tiles import add_dots, combine, load_numbers, load_streams, store_sums, zeros
+from .tuning import blocks, cdiv
 
 MOST_KEPT = tl.constexpr(4)
 """Up to so many streams the coefficients of a token stay in registers over all channels. With 8
@@ -27,7 +28,7 @@ def post_res(H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor) -> Tensor:
     X2 = torch.empty_like(X)
     cut = blocks(C, X.dtype)
     launch(
-        _forward, (token_blocks(T, cut.tokens),), X2, H_res, H_post, X, f, T,
+        _forward, (cdiv(T, cut.tokens),), X2, H_res, H_post, X, f, T,
         n=n, C=C, BT=cut.tokens, BC=cut.channels, num_warps=cut.warps,
     )  # fmt: skip
     return X2
@@ -43,7 +44,7 @@ def post_res_backward(
     dX, df = torch.empty_like(X), torch.empty_like(f)
     cut = blocks(C, X.dtype)
     launch(
-        _backward, (token_blocks(T, cut.tokens),),
+        _backward, (cdiv(T, cut.tokens),),
         dH_res, dH_post, dX, df, dX2, H_res, H_post, X, f, T,
         n=n, C=C, BT=cut.tokens, BC=cut.channels, LANE=cut.lane, num_warps=cut.warps,
     )  # fmt: skip

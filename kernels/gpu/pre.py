@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dtypes import compute_dtype
-from .launch import blocks, contiguous, launch, token_blocks
+from .launch import contiguous, launch
 from .tiles import add_dots, combine, load_numbers, load_streams, store_sums, zeros
+from .tuning import blocks, cdiv
 
 
 def pre(H_pre: Tensor, X: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def pre(H_pre: Tensor, X: Tensor) -> Tensor:
     h = X.new_empty(T, C)
     cut = blocks(C, X.dtype)
     launch(
-        _forward, (token_blocks(T, cut.tokens),), h, H_pre, X, T,
+        _forward, (cdiv(T, cut.tokens),), h, H_pre, X, T,
         n=n, C=C, BT=cut.tokens, BC=cut.channels, num_warps=cut.warps,
     )  # fmt: skip
     return h
@@ -47,7 +48,7 @@ def _dots(dh: Tensor, X: Tensor, dX: Tensor | None, H_pre: Tensor | None) -> Ten
     dH_pre = X.new_empty(T, n, dtype=compute_dtype(X.dtype))
     cut = blocks(C, X.dtype)
     launch(
-        _backward, (token_blocks(T, cut.tokens),), dH_pre, dX, dh, H_pre, X, T,
+        _backward, (cdiv(T, cut.tokens),), dH_pre, dX, dh, H_pre, X, T,
         n=n, C=C, BT=cut.tokens, BC=cut.channels, LANE=cut.lane, num_warps=cut.warps,
     )  # fmt: skip
     return dH_pre

@@ -18,96 +18,13 @@ Note: Precision
     tf32 products on NVIDIA, float32 matrix instructions elsewhere.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import lanes, launch, token_blocks
-from .limits import MOST_COLUMNS
-
-_TOKENS = 64
-"""Tokens of a block. φ is read once per block, from L2: 64 make that as much as X, 16 four times
-as much."""
-
-_CHANNELS = 32
-"""Channels of a tile. In the seam, which has n tiles of X' in registers, 64 would spill."""
-
-_SPLIT, _MOST_SPLITS = 512, 8
-"""Channels of a split, unless that makes more than 8: a split costs 4 · columns bytes twice.
-
-Eight fill a GPU from about 1,000 tokens on."""
-
-_SLOTS = 8
-"""Parts of dφ: ranges of tokens, each as large as φ."""
-
-_THREADS = 256
-"""Of a program: as many as a tile of X has 16 bytes."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """How x⃗ φ is cut; it depends on n, C, columns and dtype alone, never on T.
-
-    Args:
-        BT, BK: tokens and channels of a tile.
-        SLICE: channels of a split, a multiple of BK; `splits` of them.
-        COLS: columns of a tile of φ, a power of two.
-        PRECISION: how a tile is multiplied, see `multiply`.
-        num_warps: of a program.
-    """
-
-    BT: int
-    BK: int
-    SLICE: int
-    splits: int
-    COLS: int
-    PRECISION: str
-    num_warps: int
-
-
-def config(n: int, C: int, columns: int, dtype: torch.dtype) -> Config:
-    """The cut for streams of this shape and dtype.
-
-    Raises:
-        ValueError: for float64 streams, which GPUs' matrix units and this file do not take, and
-            for more than `MOST_COLUMNS` columns.
-    """
-    BK = min(_CHANNELS, max(16, triton.next_power_of_2(C)))
-    splits = min(_MOST_SPLITS, triton.cdiv(C, _SPLIT))
-    SLICE = BK * triton.cdiv(C, BK * splits)
-    return Config(
-        BT=_TOKENS,
-        BK=BK,
-        SLICE=SLICE,
-        splits=triton.cdiv(C, SLICE),
-        COLS=_columns(n, columns),
-        PRECISION=_precision(dtype),
-        num_warps=_THREADS // lanes(),
-    )
-
-
-def _columns(n: int, columns: int) -> int:
-    if columns > MOST_COLUMNS:
-        raise ValueError(
-            f"x⃗ φ has Triton kernels for up to {MOST_COLUMNS} columns of φ, got {columns} (n={n})"
-        )
-    return max(16, triton.next_power_of_2(columns))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    if dtype not in DTYPES:
-        taken = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise ValueError(f"x⃗ φ has Triton kernels for {taken} streams, got {dtype}")
-    if dtype == torch.float32:
-        return "ieee" if torch.version.hip else "tf32x3"
-    return str(dtype).removeprefix("torch.")
-
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Of the streams that are taken."""
+from .launch import launch
+from .tuning import cdiv, config, slots
 
 
 def project(X: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +40,7 @@ def project(X: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
     y_parts = phi.new_empty(cut.splits, T, columns)
     square_parts = phi.new_empty(cut.splits, T)
     launch(
-        _project, (token_blocks(T, cut.BT), cut.splits), y_parts, square_parts, X, phi, T,
+        _project, (cdiv(T, cut.BT), cut.splits), y_parts, square_parts, X, phi, T,
         n=n, C=C, COLUMNS=columns, SLICE=cut.SLICE, BT=cut.BT, BK=cut.BK, COLS=cut.COLS,
         PRECISION=cut.PRECISION, num_warps=cut.num_warps, num_stages=4 if cut.COLS <= 64 else 3,
     )  # fmt: skip
@@ -229,55 +146,6 @@ def row_sums(x):
 
 MOST_LEVELS = tl.constexpr(8)
 """Of the tree in `row_sums`, for up to 256 columns."""
-
-
-@dataclass(frozen=True)
-class Slots:
-    """How gradients are cut: a program has BK channels of GROUP streams, and a slot of tokens.
-
-    Args:
-        BT, BK: tokens and channels of a tile.
-        GROUP: streams of a program: all, while dφ fits its registers. For each further group dh is
-            read once more.
-        COLS, PRECISION, num_warps: as in `Config`.
-        blocks: of channels.
-        slots, size: parts of dφ, and tokens of each. They depend on T, like the order of its sums.
-    """
-
-    BT: int
-    BK: int
-    GROUP: int
-    COLS: int
-    PRECISION: str
-    num_warps: int
-    blocks: int
-    slots: int
-    size: int
-
-
-def slots(T: int, n: int, C: int, columns: int, dtype: torch.dtype) -> Slots:
-    """The cut for streams of this shape and dtype; errors as in `config`."""
-    COLS, PRECISION = _columns(n, columns), _precision(dtype)
-    # On AMD, where bfloat16 products take more registers, 64 channels would spill.
-    BK = 32 if lanes() == 64 and dtype.itemsize == 2 else 64
-    BK = min(BK, max(16, triton.next_power_of_2(C)))
-    BT = _THREADS * 16 // dtype.itemsize // BK
-    size = BT * triton.cdiv(triton.cdiv(T, BT), _SLOTS)
-    return Slots(
-        BT=BT,
-        BK=BK,
-        GROUP=min(n, max(1, _MOST_SUMS // (64 * COLS))),
-        COLS=COLS,
-        PRECISION=PRECISION,
-        num_warps=_THREADS // lanes(),
-        blocks=triton.cdiv(C, BK),
-        slots=triton.cdiv(T, size) if T else 0,
-        size=size,
-    )
-
-
-_MOST_SUMS = 8192
-"""Elements of dφ in the registers of a program, 32 of each thread."""
 
 
 def gradients(

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dtypes import compute_dtype
-from .launch import blocks, launch, token_blocks
+from .launch import launch
 from .tiles import load_streams
+from .tuning import blocks, cdiv
 
 
 def readout(X: Tensor, kind: str) -> Tensor:
@@ -60,7 +61,7 @@ def _launch(kernel: object, out: Tensor, x: Tensor, T: int, n: int, C: int, scal
     cut = blocks(C, x.dtype)
     wide = compute_dtype(x.dtype) == torch.float64
     launch(
-        kernel, (token_blocks(T, cut.tokens),), out, x, T,
+        kernel, (cdiv(T, cut.tokens),), out, x, T,
         n=n, C=C, SCALE=scale, K=tl.float64 if wide else tl.float32,
         BT=cut.tokens, BC=cut.channels, num_warps=cut.warps,
     )  # fmt: skip

@@ -20,13 +20,11 @@ from torch import Tensor
 
 from ..operands import Closed
 from . import sums
-from .launch import lanes, launch, token_blocks
-from .limits import MOST_FUSED_STREAMS
+from .launch import launch
 from .post_res import mix, post_res, post_res_backward
 from .projection import (
     add_dphi,
     add_tile,
-    config,
     gradient_tile,
     gradients,
     load_dy,
@@ -34,12 +32,12 @@ from .projection import (
     load_weights,
     project,
     settled,
-    slots,
     store_dphi,
     store_parts,
     zero_sums,
 )
 from .tiles import combine, load_numbers, load_streams
+from .tuning import MOST_FUSED_STREAMS, cdiv, config, lanes, slots
 
 
 def post_res_project(
@@ -63,7 +61,7 @@ def post_res_project(
     # Loads run a block ahead where there are registers for it.
     ahead = X.dtype.itemsize == 2 and lanes() == 32
     launch(
-        _forward, (token_blocks(T, cut.BT), cut.splits), X2, y_parts, square_parts,
+        _forward, (cdiv(T, cut.BT), cut.splits), X2, y_parts, square_parts,
         H_res, H_post, X, f, phi, T,
         n=n, C=C, COLUMNS=columns, SLICE=cut.SLICE, BT=cut.BT, BK=cut.BK, COLS=cut.COLS,
         PRECISION=cut.PRECISION, num_warps=cut.num_warps, num_stages=1 + ahead,

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, token_blocks
+from .launch import launch
+from .tuning import cdiv
 
 _BLOCK = 1024
 """Elements of dφ of a program: 16 bytes of each thread, of every part."""
@@ -85,7 +86,7 @@ def tokens(parts: Tensor, n: int) -> tuple[Tensor, Tensor]:
     K = triton.next_power_of_2(numbers)
     BT = max(1, _NUMBERS // K)
     launch(
-        _tokens, (token_blocks(T, BT),), dH_res, dH_post, parts, T,
+        _tokens, (cdiv(T, BT),), dH_res, dH_post, parts, T,
         n=n, COUNT=count, BT=BT, K=K, num_warps=4,
     )  # fmt: skip
     return dH_res, dH_post

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .. import eager
 from ..dtypes import compute_dtype
-from ..operands import Gradients, Saved
+from ..operands import Saved
+from ..results import Gradients
 from .register import Call, described, operator
 
 KINDS = ("mean", "sum")
@@ -120,18 +121,10 @@ def head_backward(
     return eager.head_backward(dx, dweights, saved, found)
 
 
-def _fake_head(
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    eps: float,
-    offset: float,
-    dtype: torch.dtype,
-) -> Gradients:
-    _check_head(X, phi, alpha, bias)
+def _fake_head(X: Tensor, phi: Tensor, *others: Any) -> Gradients:
+    _check_head(X, phi, *others[:2])
     leading, n = X.shape[:-2], int(X.shape[-2])
-    x = X.new_empty(*leading, X.shape[-1], dtype=dtype)
+    x = X.new_empty(*leading, X.shape[-1], dtype=others[-1])
     return x, phi.new_empty(*leading, n), phi.new_empty(*leading, n), phi.new_empty(leading)
 
 

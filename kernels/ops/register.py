@@ -104,6 +104,11 @@ class Call:
         return found
 
 
+def keep_inputs(count: int) -> Callable[..., None]:
+    """A `keep` for which the first operands are all that backward needs."""
+    return lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:count])
+
+
 def empty_like(tensor: Tensor) -> Tensor:
     """Contiguous, whatever the strides of `tensor`."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operands import Closed, Gradients, Mapping, Opened, Parameters, Saved, Seven, Six
+from ..operands import Closed, Mapping, Opened, Parameters, Saved
+from ..results import Gradients, Seven, Six
 from . import site as site_ops
 from .register import Call, empty_like, operator
 
@@ -127,16 +128,9 @@ def _keep(ctx: Any, found: tuple[Tensor, ...], *used: Tensor) -> None:
 # --- coefficients and pre -------------------------------------------------------------------------
 
 
-def _fake_opened(
-    X: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    variant: str,
-    eps: float,
-    dtype: torch.dtype,
-) -> Six:
-    found = site_ops.fake_coefficients(X, phi, alpha, bias, variant, eps)
+def _fake_opened(X: Tensor, *mapping: Any) -> Six:
+    *parameters, dtype = mapping
+    found = site_ops.fake_coefficients(X, *parameters)
     return (X.new_empty(*X.shape[:-2], X.shape[-1], dtype=dtype), *found)
 
 
@@ -170,11 +164,9 @@ def coefficients_pre(
 # --- seam -----------------------------------------------------------------------------------------
 
 
-def _fake_seam(
-    H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor, *opening: Any
-) -> tuple[Tensor, ...]:
+def _fake_seam(H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor, *mapping: Any) -> Seven:
     site_ops.check_coefficients("mhc::seam", X, H_post, H_res, f)
-    return (empty_like(X), *_fake_opened(X, *opening))
+    return (empty_like(X), *_fake_opened(X, *mapping))
 
 
 def _keep_seam(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operands import Closed, Coefficients, Gradients, Mapping, Pair, Saved
+from ..operands import Closed, Mapping, Saved
+from ..results import Coefficients, Gradients, Pair
 from ..variants import parse_variant
-from .register import Call, described, empty_like, operator
+from .register import Call, described, empty_like, keep_inputs, operator
 
 _DH = ("dH_pre", "dH_post", "dH_res")
 
@@ -114,15 +115,11 @@ def _fake_pre(H_pre: Tensor, X: Tensor, dtype: torch.dtype) -> Tensor:
     return X.new_empty(*X.shape[:-2], X.shape[-1], dtype=dtype)
 
 
-def _keep_pre(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
-def _pre_formula(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, None]:
-    return (*pre_backward(dh, *ctx.saved_tensors), None)
-
-
-@operator(fake=_fake_pre, keep=_keep_pre, formula=_pre_formula)
+@operator(
+    fake=_fake_pre,
+    keep=keep_inputs(2),
+    formula=lambda ctx, dh: (*pre_backward(dh, *ctx.saved_tensors), None),
+)
 def pre(H_pre: Tensor, X: Tensor, dtype: torch.dtype) -> Tensor:
     """h = H_pre X, the branch's input, `[..., C]` in `dtype`; the sum accumulates in H_pre's."""
     check_coefficients("mhc::pre", X, H_pre)
@@ -149,15 +146,11 @@ def _fake_post_res(H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor) -> Tenso
     return empty_like(X)
 
 
-def _keep_post_res(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _post_res_formula(ctx: Any, dX2: Tensor) -> Gradients:
-    return post_res_backward(dX2, *ctx.saved_tensors)
-
-
-@operator(fake=_fake_post_res, keep=_keep_post_res, formula=_post_res_formula)
+@operator(
+    fake=_fake_post_res,
+    keep=keep_inputs(4),
+    formula=lambda ctx, dX2: post_res_backward(dX2, *ctx.saved_tensors),
+)
 def post_res(H_res: Tensor, H_post: Tensor, X: Tensor, f: Tensor) -> Tensor:
     """X' = H_res X + H_postᵀ f, `[..., n, C]` in X's dtype; f is `[..., C]` of any float dtype."""
     check_coefficients("mhc::post_res", X, H_post, H_res, f)

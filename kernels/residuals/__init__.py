@@ -1,4 +1,8 @@
-"""Every way to make H_res: one file each, see `residual.py` for what a file says."""
+"""Every way to make H_res, a file each; `residual.py` says what a file has to say.
+
+To add one: write its file, list it here, and give `variants.py` a description that names it. Tests
+and tables iterate over `RESIDUALS` and `VARIANTS`.
+"""
 
 from .free import Free
 from .identity import Identity

@@ -9,6 +9,7 @@ import torch
 from mhc_compile.kernels import reference
 from mhc_compile.kernels.gpu import backend as gpu
 from mhc_compile.kernels.gpu import codegen, generated
+from mhc_compile.kernels.operands import Saved
 from mhc_compile.kernels.variants import VARIANTS, get_variant
 
 from .. import truth
@@ -37,9 +38,8 @@ class Chain:
         )  # fmt: skip
 
     def backward(self, interpreted, y, inv_r):
-        return interpreted(
-            gpu._chain_backward, *self.grads, self.X, self.alpha, self.bias, y, inv_r, self.variant
-        )
+        saved = Saved(self.X, torch.empty(0), self.alpha, self.bias, y, inv_r)  # φ is not read
+        return interpreted(gpu._chain_backward, self.grads, saved, self.variant)
 
     def coefficients(self, y, inv_r, alpha, bias):
         """The reference, differentiable, in the dtype of its arguments."""

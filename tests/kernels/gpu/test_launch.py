@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhc_compile.kernels import traffic
 from mhc_compile.kernels.gpu import backend as gpu
-from mhc_compile.kernels.gpu import launch, post_res, pre, projection, readout, seam, sums
+from mhc_compile.kernels.gpu import launch, post_res, pre, projection, readout, seam, sums, tuning
 from mhc_compile.kernels.operands import Closed, Mapping, Opened, Parameters, Saved
 from mhc_compile.kernels.variants import get_variant
 
@@ -168,7 +168,7 @@ def test_seams_of_many_streams_are_made_of_both_sites(name):
 )
 def test_blocks_fill_one_warp(C, itemsize):
     dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
-    cut = launch.blocks(C, dtype)
+    cut = tuning.blocks(C, dtype)
     assert cut.warps == 1
     assert cut.lane * itemsize <= 16 and cut.channels % cut.lane == 0
     assert cut.channels >= min(C, 32 * cut.lane)

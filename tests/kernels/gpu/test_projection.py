@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mhc_compile.kernels.gpu import projection, sums
+from mhc_compile.kernels.gpu import projection, sums, tuning
 
 from ..sites import normal
 
@@ -35,7 +35,7 @@ def test_projection_equals_float64_truth(interpreted, dtype, T, n, C, columns):
     """600 channels are two splits: their parts are to be added."""
     X, phi = operands(T, n, C, columns, dtype)
     y_parts, square_parts = interpreted(projection.project, X, phi)
-    cut = projection.config(n, C, columns, dtype)
+    cut = tuning.config(n, C, columns, dtype)
     assert y_parts.shape == (cut.splits, T, columns) and square_parts.shape == (cut.splits, T)
     assert cut.splits == (2 if C == 600 else 1)
     assert_product(y_parts.sum(0), "tk,kc->tc", X.flatten(1), phi)
@@ -81,7 +81,7 @@ def test_every_slot_has_its_tokens(interpreted):
     X, phi = operands(T, n, C, 8, BF16)
     dy = normal(T, 8, dtype=F32)
     _, parts = interpreted(projection.gradients, X, phi, dy, torch.zeros(T))
-    cut = projection.slots(T, n, C, 8, BF16)
+    cut = tuning.slots(T, n, C, 8, BF16)
     assert cut.slots == len(parts) > 1
     for slot, part in enumerate(parts):
         own = slice(slot * cut.size, (slot + 1) * cut.size)
@@ -90,7 +90,7 @@ def test_every_slot_has_its_tokens(interpreted):
 
 def test_slots_are_at_most_eight():
     for T in (0, 1, 31, 1000, 100_003):
-        cut = projection.slots(T, 4, 2560, 24, BF16)
+        cut = tuning.slots(T, 4, 2560, 24, BF16)
         assert cut.slots <= 8 and cut.slots * cut.size >= T > (cut.slots - 1) * cut.size - 1
 
 
@@ -117,6 +117,6 @@ def test_sums_of_tokens(interpreted, n, T):
 
 def test_what_does_not_fit_raises():
     with pytest.raises(ValueError, match=r"float32 streams, got torch\.float64"):
-        projection.config(4, 64, 24, torch.float64)
+        tuning.config(4, 64, 24, torch.float64)
     with pytest.raises(ValueError, match=r"up to 128 columns of φ, got 143 \(n=11\)"):
-        projection.slots(5, 11, 64, 143, BF16)
+        tuning.slots(5, 11, 64, 143, BF16)

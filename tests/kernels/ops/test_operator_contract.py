@@ -4,6 +4,9 @@ An operator that is not listed in `operators` fails here; so does a variant that
 promise.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -201,3 +204,32 @@ def test_inference_mode_gives_the_same(name):
     expected = getattr(mhc, name)(*operands)
     with torch.inference_mode():
         assert_same(getattr(mhc, name)(*operands), expected)
+
+
+def python_calls(function):
+    """Calls of functions that lie in kernels/, while `function` runs."""
+    folder, found = str(Path(site.__file__).resolve().parents[1]), []
+
+    def count(frame, event, argument):
+        if event == "call" and str(Path(frame.f_code.co_filename).resolve()).startswith(folder):
+            found.append(frame.f_code.co_name)
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@pytest.mark.parametrize("name", [*OF_A_VARIANT, "pre", "post_res"])
+def test_a_step_costs_few_calls_in_python(name):
+    """What device, dtypes, n and variant decide is decided once, and tensors are checked together.
+
+    Some 150 calls a site and step would be as long as the kernels of a GPU.
+    """
+    operands, operator = operators()[name], getattr(mhc, name)
+    with torch.no_grad():
+        operator(*operands)
+        found = python_calls(lambda: operator(*operands))
+    assert 5 < len(found) <= 16, found
