@@ -21,7 +21,7 @@ from ..passes.context import Context
 from ..passes.pipeline import EXAMINE
 from ..passes.runner import HistoryEntry, run_pipeline
 from ..passes.sites.declared import declaration_nodes
-from ..passes.sites.records import identity_of, stack_of
+from ..passes.sites.records import identity_of
 from . import guard
 from .context import context_of, options_of, owners_in
 
@@ -150,11 +150,13 @@ def is_transformed(module: nn.Module | None) -> bool:
 def transformed_modules(gm: fx.GraphModule, root: nn.Module | None) -> list[nn.Module]:
     """The modules with declared sites that a graph may come from, outermost first."""
     found = [root] if root is not None and is_transformed(root) else []
-    for node in gm.graph.nodes:
-        for key, _ in stack_of(node):
-            part = swap.find(identity_of(key))
-            if part is not None and not any(part is m for root in found for m in root.modules()):
-                found.append(part)
+    known = {id(m) for root in found for m in root.modules()}
+    keys = dict.fromkeys(key for n in gm.graph.nodes for key in n.meta.get("nn_module_stack") or ())
+    for key in keys:
+        part = swap.find(identity_of(str(key)))
+        if part is not None and id(part) not in known:
+            found.append(part)
+            known |= {id(m) for m in part.modules()}
     return found
 
 

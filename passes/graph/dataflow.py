@@ -42,7 +42,8 @@ def memory_shown_by(node: fx.Node) -> fx.Node | None:
     op = op_of(node)
     if op.kind is Kind.CAST and _dtype(node) != _dtype(node.args[0]):
         return None
-    return node.args[0] if op.shows or is_mutation(node) or node.kwargs.get("inplace") else None
+    shows = op.shows or op.in_place or node.kwargs.get("inplace")
+    return node.args[0] if shows or (op is UNKNOWN and is_mutation(node)) else None
 
 
 def _dtype(node: fx.Node) -> object:
@@ -60,17 +61,22 @@ def memory_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 def written(graph: fx.Graph) -> frozenset[fx.Node]:
     """The nodes that show memory into which something writes."""
+    writers = [node for node in graph.nodes if writes(node)]
+    if not writers:
+        return frozenset()
     root = memory_roots(graph)
-    roots = {root[node] for node in graph.nodes if writes(node)}
+    roots = {root[node] for node in writers}
     return frozenset(node for node in graph.nodes if root[node] in roots)
 
 
 def writes(node: fx.Node) -> bool:
     """Whether a node writes into memory that its first argument shows."""
-    in_place = node.kwargs.get("inplace") or (
-        op_of(node).name == "dropout" and True in node.args[3:4]
-    )
-    return bool(in_place or (is_mutation(node) and node.args))
+    if node.kwargs.get("inplace"):
+        return True
+    op = op_of(node)
+    if op.kind is Kind.DROPOUT and True in node.args[3:4]:
+        return True
+    return bool(node.args) and (op.in_place or (op is UNKNOWN and is_mutation(node)))
 
 
 def unread(graph: fx.Graph) -> frozenset[fx.Node]:
@@ -84,11 +90,11 @@ def erase_dead_code(graph: fx.Graph, keep: frozenset[fx.Node]) -> None:
     Dropout stays: it moves the random state, on which all later draws depend.
     """
 
-    def stays(node: fx.Node) -> bool:
-        draws = op_of(node).kind is Kind.DROPOUT
-        return node in keep or draws or node.is_impure() or is_mutation(node)
-
-    graph.eliminate_dead_code(stays)
+    for node in reversed(graph.nodes):
+        if node.users or node in keep or node.is_impure():
+            continue
+        if op_of(node).kind is not Kind.DROPOUT and not is_mutation(node):
+            graph.erase_node(node)
 
 
 class DataFlow:

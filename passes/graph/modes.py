@@ -26,13 +26,14 @@ from typing import Any
 from torch import fx
 
 from .dataflow import is_mutation, written
-from .operators import holds_tensor, in_another_mode, op_name
+from .operators import Kind, holds_tensor, in_another_mode, op_name, op_of
 from .writer import marker
 
 __all__ = ["Mode", "Modes", "behind_switches", "is_read_in_another_mode", "kept_apart"]
 
 _SWITCH = re.compile(r"_*(enter|exit|set|push|pop|exchange|maybe_exchange)_|.*_nesting$")
 _LEFT_OUT = "set_inplace_requires_grad_allowed"
+_UNKNOWN = (Kind.OTHER, Kind.MIXING)
 _GRAD, _AUTOCAST = "_set_grad_enabled", "_enter_autocast"
 
 
@@ -64,6 +65,8 @@ class Modes:
         self._mode: dict[fx.Node, Mode] = {}
         self._entered = mode = Mode(grad)
         before: dict[fx.Node, Mode] = {}  # what was in force where a switch was entered
+        if not _has_switches(graph):
+            return
         for node in graph.nodes:
             if _is_switch(node):
                 before[node] = mode
@@ -101,6 +104,12 @@ def _left(mode: Mode, name: str, before: Mode) -> Mode:
     if name == _AUTOCAST:
         return replace(mode, autocast=before.autocast)
     return replace(mode, others=before.others)
+
+
+def _has_switches(graph: fx.Graph) -> bool:
+    """Whether some function of a graph has the name of a switch; most graphs have none."""
+    called = {node.target: node for node in graph.nodes if node.op == "call_function"}
+    return any(_SWITCH.match(op_name(n)) for n in called.values() if op_of(n).kind in _UNKNOWN)
 
 
 def _is_switch(node: fx.Node) -> bool:

@@ -272,6 +272,8 @@ class _Targets(dict[Any, Op]):
         name = getattr(target, "__name__", None)
         if name is not None and _torch.is_higher_order(target, name):
             return _BY_NAME.get(name, UNKNOWN)
+        if (getattr(target, "__module__", None) or "").startswith("torch"):
+            self[target] = UNKNOWN  # no object of a user's, which would live as long as this
         return UNKNOWN
 
 
@@ -351,20 +353,19 @@ def op_of(node: fx.Node) -> Op:
             return _TARGETS[node.target]
         except TypeError:  # a callable object that cannot be hashed
             return UNKNOWN
-    if node.op == "call_method":
-        return UNKNOWN if _is_of_a_subclass(node) else _METHODS.get(str(node.target), UNKNOWN)
-    return _NO_OPERATION
+    if node.op != "call_method":
+        return _NO_OPERATION
+    found = _METHODS.get(str(node.target), UNKNOWN)
+    meta = node.args[0].meta if node.args and isinstance(node.args[0], fx.Node) else {}
+    owner = type(meta.get("example_value"))
+    return found if owner in _torch.PLAIN_TENSORS else _of_a_subclass(owner, node, found)
 
 
-def _is_of_a_subclass(call: fx.Node) -> bool:
-    """Whether a method is not that of ``torch.Tensor`` but one that a subclass has in its place."""
-    owner = (
-        type(value_of(call.args[0])) if call.args and isinstance(call.args[0], fx.Node) else None
-    )
-    if owner is None or owner in _torch.PLAIN_TENSORS or not issubclass(owner, torch.Tensor):
-        return False
+def _of_a_subclass(owner: type, call: fx.Node, op: Op) -> Op:
+    """A method that a subclass of ``torch.Tensor`` has in the place of its own is not known."""
     name = str(call.target)
-    return getattr(owner, name, None) is not getattr(torch.Tensor, name, None)
+    own = getattr(owner, name, None) is not getattr(torch.Tensor, name, None)
+    return UNKNOWN if issubclass(owner, torch.Tensor) and own else op
 
 
 _PACKAGES = {"torch", "operator", "_operator", "builtins", "math", __name__.partition(".")[0]}
@@ -410,13 +411,12 @@ def hooked_tensor(node: fx.Node) -> fx.Node | None:
 
 def value_of(node: fx.Node) -> object:
     """The fake value that the capture left on a node (``None`` if it has none)."""
-    meta = node.meta
-    return meta["example_value"] if "example_value" in meta else meta.get("val")
+    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def holds_tensor(node: fx.Node) -> bool:
     """Whether a node's value is a tensor or a tuple or list with one."""
-    value = value_of(node)
+    value = node.meta.get("example_value", node.meta.get("val"))
     if isinstance(value, (tuple, list)):
         return any(isinstance(v, torch.Tensor) for v in value)
     return isinstance(value, torch.Tensor)
@@ -426,7 +426,7 @@ def is_float_tensor(node: object) -> bool:
     """Whether a graph value is a floating-point tensor."""
     if not isinstance(node, fx.Node):
         return False
-    value = value_of(node)
+    value = node.meta.get("example_value", node.meta.get("val"))
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
@@ -440,7 +440,10 @@ def dtype_of(node: fx.Node) -> torch.dtype:
 def shape_of(node: fx.Node) -> tuple[object, ...]:
     """The shape of a tensor node, sizes as ints or SymInts; an int where a symbol is known."""
     value = value_of(node)
-    return tuple(map(_known_size, value.shape)) if isinstance(value, torch.Tensor) else ()
+    if not isinstance(value, torch.Tensor):
+        return ()
+    sizes = tuple(value.shape)
+    return sizes if {*map(type, sizes)} <= {int} else tuple(map(_known_size, sizes))
 
 
 def _known_size(size: object) -> object:

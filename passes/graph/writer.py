@@ -86,8 +86,11 @@ def marker(function: Callable[[Any], Any], value: fx.Node) -> fx.Node:
 
 def compute_value(node: fx.Node) -> Any:
     """What a node computes, on fake tensors, from the values of its inputs."""
-    tensors = [t for n in node.all_input_nodes for t in _tensors(value_of(n))]
-    mode = next((t.fake_mode for t in tensors if hasattr(t, "fake_mode")), None)
+    mode: Any = None
+    for operand in node.all_input_nodes:
+        value = value_of(operand)
+        for tensor in value if isinstance(value, (tuple, list)) else (value,):
+            mode = mode or getattr(tensor, "fake_mode", None)
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)  # type: ignore[arg-type]
     # With the decompositions in Python, as Dynamo has it: the one of matmul in C++ asks symbolic
     # sizes for a number (torch 2.11).
@@ -101,8 +104,3 @@ def _complete(node: fx.Node, like: fx.Node) -> None:
     node.meta.update({k: like.meta[k] for k in _INHERITED if k in like.meta})
     if node.op in ("call_function", "call_method") and value_of(node) is None:
         node.meta["val" if "val" in like.meta else "example_value"] = compute_value(node)
-
-
-def _tensors(value: Any) -> list[Any]:
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return [v for v in values if isinstance(v, torch.Tensor)]

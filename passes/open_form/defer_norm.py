@@ -82,7 +82,7 @@ def _defer_all(graph: fx.Graph, context: Context) -> Counter[str]:
     """Defer what may be deferred; what became of each norm, counted."""
     effects, overwritten = unread(graph), written(graph)
     done: Counter[str] = Counter()
-    for node in list(graph.nodes):
+    for node in [n for n in graph.nodes if op_of(n).name == "rms_norm"]:
         norm = rms_norm_of(node)
         if norm is None or not node.users:
             continue
@@ -106,7 +106,8 @@ def no_mapping_is_normalised(gm: fx.GraphModule, context: Context) -> list[str]:
         return [
             f"{node.name} stands in front of a mapping"
             for node in gm.graph.nodes
-            if (norm := rms_norm_of(node)) is not None
+            if op_of(node).name == "rms_norm"
+            and (norm := rms_norm_of(node)) is not None
             and node.users
             and all(user.target is _MAPPING for user in node.users)
             and _obstacle(norm, list(_products(node, ())), overwritten, False) is None

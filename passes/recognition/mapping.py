@@ -90,7 +90,7 @@ class Mapping:
 
 def mappings(graph: fx.Graph) -> Iterator[Mapping]:
     """The products that have as many columns as a variant for their number of streams."""
-    for node in list(graph.nodes):
+    for node in [n for n in graph.nodes if op_of(n).product]:
         mapping = mapping_of(node)
         if mapping is not None and residuals(mapping.n, mapping.columns - 2 * mapping.n):
             yield mapping

@@ -246,7 +246,8 @@ class WriteBack:
 
 def write_backs(graph: fx.Graph) -> list[WriteBack]:
     """What looks like the end of a hand-written connection, in the order of the graph."""
-    return [w for node in graph.nodes if (w := _write_back(node)) is not None]
+    products = [node for node in graph.nodes if (op := op_of(node)).product or op.name == "mul"]
+    return [w for node in products if (w := _write_back(node)) is not None]
 
 
 def _write_back(node: fx.Node) -> WriteBack | None:
@@ -270,7 +271,7 @@ def _write_back(node: fx.Node) -> WriteBack | None:
 
 def _outer(node: fx.Node) -> tuple[fx.Node, int, int] | None:
     """The n numbers of an outer product with C others for each token, n and C."""
-    if not _multiplies(node) or not is_float_tensor(node):
+    if not is_float_tensor(node):
         return None
     operands = [n for n in node.all_input_nodes if is_float_tensor(n)]
     if len(operands) != 2:
