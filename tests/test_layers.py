@@ -29,7 +29,10 @@ FORBIDDEN = {
 }
 PRIVATE_NAMES_ALLOWED = ("mhc_compile/_torch.py", "passes/graph/_torch.py")
 # Private attributes of torch's objects, wherever they are read or written as text.
-PRIVATE_ATTRIBUTES = {"_compiled_call_impl", "compile_subgraph_reason"}
+PRIVATE_ATTRIBUTES = {
+    *("_compiled_call_impl", "compile_subgraph_reason", "_rename", "GraphAppendingTracer"),
+    "experimental",
+}
 # The front door from the ground up: what stands on modules, what becomes of a captured graph, what
 # people look at, the verbs. Rooms and the files beside them import their own row and those below.
 ROWS = (

@@ -7,10 +7,21 @@ from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
+from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.proxy import GraphAppendingTracer
 
-__all__ = ["PLAIN_TENSORS", "enable_python_dispatcher", "is_higher_order", "private_functions"]
+__all__ = [
+    "PLAIN_TENSORS",
+    "GraphAppendingTracer",
+    "enable_python_dispatcher",
+    "is_higher_order",
+    "private_functions",
+    "rename",
+    "statically_known_true",
+]
 
 PLAIN_TENSORS = frozenset({FakeTensor, torch.Tensor, torch.nn.Parameter})
 """Types of values in a captured graph whose methods are those of ``torch.Tensor``."""
@@ -42,6 +53,11 @@ def _inside(place: str) -> Any:
     for part in place.split(".")[1:]:
         found = getattr(found, part)
     return found
+
+
+def rename(node: fx.Node, name: str) -> None:
+    """Give a node a name for people, made unique by a number."""
+    node._rename(name)
 
 
 def is_higher_order(target: Any, name: str) -> bool:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import _torch
 
@@ -479,4 +478,4 @@ def _same_size(a: Any, b: Any) -> bool:
     if str(a) == str(b):
         return True
     are_sizes = isinstance(a, (int, torch.SymInt)) and isinstance(b, (int, torch.SymInt))
-    return are_sizes and statically_known_true(a == b)
+    return are_sizes and _torch.statically_known_true(a == b)

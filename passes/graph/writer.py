@@ -66,11 +66,11 @@ class Writer:
 
 
 @contextmanager
-def tracing(before: fx.Node, like: fx.Node) -> Iterator[fx.proxy.GraphAppendingTracer]:
+def tracing(before: fx.Node, like: fx.Node) -> Iterator[_torch.GraphAppendingTracer]:
     """Write what is done to proxies in front of a node, in the name of another."""
     graph, previous = before.graph, before.prev
     with graph.inserting_before(before):
-        yield fx.proxy.GraphAppendingTracer(graph)
+        yield _torch.GraphAppendingTracer(graph)
     node = previous.next
     while node is not before:
         _complete(node, like)

@@ -23,6 +23,7 @@ from torch import fx
 
 from ...kernels import reference
 from ..context import Context, PassResult
+from ..graph import _torch
 from ..graph.dataflow import DataFlow, erase_dead_code, unread
 from ..graph.modes import Modes
 from ..graph.operators import (
@@ -73,7 +74,7 @@ class _Widener:
         self.graph = graph
         self.sites = detection.sites
         self.options = context.options
-        self.tracer = fx.proxy.GraphAppendingTracer(graph)
+        self.tracer = _torch.GraphAppendingTracer(graph)
         self.flow = DataFlow(graph)
         self.modes = Modes(graph, context.grad_enabled)
         self.site_at = {site.node: site for site in detection.sites}
@@ -205,13 +206,13 @@ class _Widener:
                     compute_dtype=compute,
                 )
                 for name, value in zip(("H_pre", "H_post", "H_res"), coefficients, strict=True):
-                    value.node._rename(name)
+                    _torch.rename(value.node, name)
                 (flat,) = set(streams.node.users) - others
                 H = tuple(value.node for value in coefficients)
                 h = reference.pre(coefficients[0], streams, dtype=dtype, compute_dtype=compute)
                 self.opening[site] = flat, H, h.node
             h = self._as_in_plain(h, self.x[site], site.channel_in)
-            h.node._rename("h")
+            _torch.rename(h.node, "h")
         mark.replace_all_uses_with(h.node)
         self.inputs[mark] = h.node
         self.graph.erase_node(mark)
@@ -316,7 +317,7 @@ class _Widener:
                 part.meta["example_value"] = compute_value(part)
 
     def _set_streams(self, state: fx.Node, streams: Any, site: Site, axis: int) -> None:
-        streams.node._rename("X")
+        _torch.rename(streams.node, "X")
         self.streams[state] = streams.node
         self.origin[state] = (site, axis)
 
