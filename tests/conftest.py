@@ -21,7 +21,7 @@ NOT_CORE = (
     *("test_layers.py", "test_comparisons.py", "test_packaging.py", "test_retrofit.py"),
     *("test_calls.py", "test_benchmarks.py"),
 )
-CORE = ("kernels/test_eager.py", "kernels/test_ops.py", "kernels/test_post_res.py")
+CORE = ("kernels/test_eager.py", "kernels/ops", "kernels/gpu/test_post_res.py")
 """`pytest -m core`, which `make newest` and `make versions` run, is all but NOT_CORE, and CORE:
 what depends on the versions of torch, triton and transformers. A new file belongs to it unless it
 is named here."""
