@@ -80,8 +80,7 @@ class Context:
         open_sites, open_ends: what ``widen`` wrote.
         left_open: those of them of which no operators were made, each with the reason.
         operators: how many ``mhc::`` operators there are of each name and implementation.
-        written_back: the products with which the model's own hyper-connections are computed.
-        own: these connections, recognised or not.
+        own: the model's own hyper-connections, recognised or not.
     """
 
     options: Options
@@ -96,7 +95,6 @@ class Context:
     open_ends: Sequence[OpenEnd] = ()
     left_open: Mapping[OpenSite, str] = field(default_factory=dict)
     operators: Counter[tuple[str, str]] = field(default_factory=Counter)
-    written_back: set[fx.Node] = field(default_factory=set)
     own: list[FusedSite | Rejected] = field(default_factory=list)
 
 

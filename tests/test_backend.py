@@ -569,6 +569,18 @@ def test_graphs_of_a_copy_are_its_own():
     assert mhc_compile.graphs(model) != mhc_compile.graphs(twin)
 
 
+def test_sites_point_at_the_operators_of_the_graph_that_runs():
+    _, model = pair()
+    model(ids())
+    (graph,) = mhc_compile.graphs(model)
+    there = set(graph.after.graph.nodes)
+    assert [list(site.nodes) for site in graph.sites] == [["coefficients", "pre", "post_res"]] * 4
+    assert all(there.issuperset(site.nodes.values()) for site in graph.sites)
+    assert all(there.issuperset(site.parameters) for site in graph.sites)
+    before = [None, *(site.name for site in graph.sites[:-1])]
+    assert [site.previous for site in graph.sites] == before
+
+
 def one_layer() -> nn.Module:
     return GPT(layers=1)
 

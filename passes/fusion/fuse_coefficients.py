@@ -39,7 +39,7 @@ from ..graph.operators import (
     same_sizes,
     shape_of,
 )
-from ..graph.writer import SITE_TAG, Writer
+from ..graph.writer import OWN_TAG, SITE_TAG, Writer
 from ..recognition.coefficients import Refused
 from ..recognition.evaluation import Region, close, evaluate_down, grow, random, strip_casts, way_up
 from ..recognition.mapping import (
@@ -85,7 +85,7 @@ def every_site_is_fused(gm: fx.GraphModule, context: Context) -> list[str]:
 def _fuse(
     gm: fx.GraphModule, context: Context, effects: frozenset[fx.Node], report: Report
 ) -> PassResult:
-    fused = [_fuse_mapping(m, context, report) for m in _by_hand(gm.graph, context)]
+    fused = [_fuse_mapping(m, report) for m in _by_hand(gm.graph, context)]
     found = [f for f in fused if f is not None]
     if found:
         erase_dead_code(gm.graph, keep=effects)
@@ -133,12 +133,12 @@ class _Coefficients:
         return self.reading.mapping.width
 
 
-def _fuse_mapping(mapping: Mapping, context: Context, report: Report) -> _Coefficients | None:
+def _fuse_mapping(mapping: Mapping, report: Report) -> _Coefficients | None:
     try:
         reading = read(mapping)
     except Refused as refused:
         report.refuse("mapping", refused, mapping.y)
-        if mapping.y in context.written_back:
+        if OWN_TAG in mapping.y.meta:
             place = place_of(mapping.y)
             report.refused.append(
                 Rejected(mapping.y, refused.reason, place, mapping.width, detail=str(refused))

@@ -23,16 +23,18 @@ from torch import fx
 from . import _torch
 from .operators import dtype_of, value_of
 
-__all__ = ["SITE_TAG", "Writer", "compute_value", "marker", "tracing"]
+__all__ = ["OWN_TAG", "SITE_TAG", "Writer", "compute_value", "marker", "tracing"]
 
 _INHERITED = (
     *("nn_module_stack", "stack_trace", "source_fn_stack", "seq_nr"),
     *("recompute", "ac_graph_id"),
     SITE_TAG := "mhc_site",
+    OWN_TAG := "mhc_own",
 )
 """What a new node takes over from the node whose work it does.
 
-``SITE_TAG`` is the name of the connection that a node belongs to.
+``SITE_TAG`` is the name of the connection that a node belongs to; ``OWN_TAG`` is on the products
+with which hyper-connections of the model's own are computed.
 """
 
 

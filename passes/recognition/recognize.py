@@ -37,7 +37,7 @@ from ..graph.operators import (
     same_sizes,
     shape_of,
 )
-from ..graph.writer import Writer
+from ..graph.writer import OWN_TAG, Writer
 from ..sites.in_place import join_versions
 from ..sites.records import Reason, Rejected, location_of
 from .coefficients import residuals
@@ -67,7 +67,8 @@ def _recognize(gm: fx.GraphModule, context: Context) -> PassResult:
     if split or joined:
         erase_dead_code(gm.graph, keep=effects)
         found = write_backs(gm.graph)
-    context.written_back = {product for w in found for product in w.products}
+    for product in (p for w in found for p in w.products):
+        product.meta[OWN_TAG] = True
     rejected = [r for w in found if (r := _rejected(w)) is not None]
     _noted(context, rejected)
     notes = [f"{len(found)} connections"]

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import mhc_compile
 from mhc_compile.errors import NoSitesError
-from mhc_compile.passes.graph.operators import Kind, op_name, op_of
+from mhc_compile.passes.graph.operators import UNKNOWN, Kind, op_name, op_of
 from tests.passes.graphs import WIDTH
 
 
@@ -77,6 +77,40 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.combine(x, self.linear(self.norm(x)))
+
+
+class Strange(Tensor):
+    """A tensor whose sums and norms are its own."""
+
+    def add(self, other: Tensor) -> Tensor:
+        return torch.maximum(self, other)
+
+    def sin(self) -> Tensor:
+        return torch.cos(self)
+
+
+def test_a_method_of_a_subclass_is_the_subclass_s() -> None:
+    graph = fx.Graph()
+    strange, plain = graph.placeholder("strange"), graph.placeholder("plain")
+    strange.meta["example_value"] = torch.ones(2).as_subclass(Strange)
+    plain.meta["example_value"] = torch.ones(2)
+    named = lambda value, name: op_of(graph.call_method(name, (value, plain))).name  # noqa: E731
+    assert [named(plain, n) for n in ("add", "mul", "sin")] == ["add", "mul", "sin"]
+    assert [named(strange, n) for n in ("add", "mul", "sin")] == ["", "mul", ""]
+
+
+@pytest.mark.parametrize(
+    "name", ["add", "mul", "linear", "rms_norm", "layer_norm", "dropout", "to"]
+)
+def test_a_function_of_the_users_own_is_none_of_ours(name: str) -> None:
+    def own(*args: Any) -> Any: ...
+
+    own.__name__ = own.__qualname__ = name
+    library = torch.library.Library("mhc_test", "FRAGMENT")
+    library.define(f"{name}.named(Tensor x) -> Tensor")
+    overload = getattr(getattr(torch.ops.mhc_test, name), "named")  # noqa: B009
+    for target in (own, overload, lambda x: own(x)):
+        assert op_of(call(target)) is UNKNOWN
 
 
 @pytest.mark.parametrize("combine", [custom_add, add], ids=["custom_op", "allow_in_graph"])

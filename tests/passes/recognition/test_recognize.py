@@ -12,7 +12,9 @@ from torch import Tensor
 from mhc_compile.kernels.variants import get_variant, parse_variant
 from mhc_compile.passes.context import Context, Options
 from mhc_compile.passes.fusion.fuse_coefficients import fuse_coefficients
+from mhc_compile.passes.pipeline import OWN
 from mhc_compile.passes.recognition.recognize import recognize
+from mhc_compile.passes.runner import run_pipeline
 from mhc_compile.passes.sites.records import FusedSite, Reason, Rejected
 
 from ..open_sites import EPS, WIDTH, assert_as_exact, operators, traced
@@ -250,6 +252,16 @@ def test_a_near_miss_is_left_as_it_is_and_says_what_differs(name: str) -> None:
     assert detail in " ".join(notes)
     if name != "rounded":
         assert_as_exact(function, gm, function, inputs)
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_a_near_miss_is_listed_where_norms_are_deferred_too(name: str) -> None:
+    """Deferring replaces the product by which a connection was known; its tag goes along."""
+    function, shapes, reason, _ = NEAR[name]
+    gm = traced(function, leaves(SQUARE, *shapes))
+    context = Context(Options(2, get_variant("mhc"), defer_norms=True))
+    run_pipeline(gm, context, OWN)
+    assert [site.reason for site in context.own] == [reason]
 
 
 def test_the_connection_that_the_near_misses_change_is_a_site() -> None:

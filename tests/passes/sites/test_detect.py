@@ -186,6 +186,19 @@ REJECTED = {
 
 
 @pytest.mark.parametrize("reason", REJECTED, ids=lambda r: r.name)
+def test_a_broadcast_operand_with_a_factor_is_no_site() -> None:
+    """`alpha * v` was given the shape of x, and three such sums were taken for sites."""
+
+    def function(m, x):
+        for branch in (m.a, m.b, m.c):
+            x = torch.add(x, branch(x).mean((0, 1)), alpha=2)
+        return x
+
+    found = detected(function)
+    assert not found.sites
+    assert [r.reason for r in found.rejected] == [Reason.BROADCAST] * 3
+
+
 def test_rejected_adds_say_why(reason: Reason) -> None:
     found = detected(REJECTED[reason])
     assert not found.sites
