@@ -843,7 +843,7 @@ MUTATIONS += [
     ),
     _breaks(
         *("fusion.fuse_open", "a site that was written open stays open", "fuse_open"),
-        *("_fuse_site(open_site)", "None"),
+        *("_fuse_site(open_site, there, report)", "None"),
     ),
     _breaks(
         *("fusion.hoist_views", "a view that counts as moved stays", "_hoist_all"),

@@ -67,7 +67,7 @@ _PRE, _POST, _RES = range(3)
 def fuse_coefficients(gm: fx.GraphModule, context: Context) -> PassResult:
     """Fuse every mapping that is one, then what its coefficients are applied to."""
     effects, report = unread(gm.graph), Report()
-    fuse_open(context, report)
+    fuse_open(gm.graph, context, report)
     if report.made:
         erase_dead_code(gm.graph, keep=effects)
     with kept_apart(gm.graph, context.grad_enabled):

@@ -54,20 +54,19 @@ class Report:
         ]
 
 
-def fuse_open(context: Context, report: Report) -> None:
+def fuse_open(graph: fx.Graph, context: Context, report: Report) -> None:
     """Make operators of every open site and of both ends of every chain."""
+    there = set(graph.nodes)  # a part that nothing reads is gone
     left: dict[OpenSite, str] = {}
-    for open_site in context.open_sites:
+    for open_site in [o for o in context.open_sites if o.flat in there]:
         if (obstacle := _obstacle(open_site)) is None:
-            _fuse_site(open_site)
-            report.add(f"coefficients {open_site.variant.text}")
-            report.add("pre")
-            report.add("post_res")
+            _fuse_site(open_site, there, report)
         else:
             left[open_site] = report.refuse("mapping", obstacle, open_site.flat)
     context.left_open = left
     for end in context.open_ends:
-        report.add(_fuse_end(end))
+        if end.node in there:
+            report.add(_fuse_end(end))
 
 
 def _obstacle(open_site: OpenSite) -> str | None:
@@ -81,8 +80,8 @@ def _obstacle(open_site: OpenSite) -> str | None:
     return f"computed in {names} from {dtype_of(X)} streams"
 
 
-def _fuse_site(open_site: OpenSite) -> None:
-    flat, mixed, spread, end = open_site.flat, open_site.mixed, open_site.spread, open_site.end
+def _fuse_site(open_site: OpenSite, there: set[fx.Node], report: Report) -> None:
+    flat = open_site.flat
     write, X = Writer(flat, flat), _operand(flat)
     variant, eps = open_site.variant.text, open_site.eps
     made = write.call(
@@ -94,8 +93,18 @@ def _fuse_site(open_site: OpenSite) -> None:
         if role == 0:
             H_pre = H
         node.replace_all_uses_with(H)
-    h = write.call(torch.ops.mhc.pre.default, H_pre, X, dtype_of(open_site.h), name="h")
-    _put(h, open_site.h)
+    report.add(f"coefficients {variant}")
+    if open_site.h in there:
+        h = write.call(torch.ops.mhc.pre.default, H_pre, X, dtype_of(open_site.h), name="h")
+        _put(h, open_site.h)
+        report.add("pre")
+    if open_site.end in there:
+        _fuse_sum(open_site)
+        report.add("post_res")
+
+
+def _fuse_sum(open_site: OpenSite) -> None:
+    mixed, spread, end = open_site.mixed, open_site.spread, open_site.end
     write = Writer(end, end)
     X, f = _operand(mixed.args[1]), _operand(_operand(spread.args[1]))
     H_res, H_post = mixed.args[0], _operand(spread.args[0])

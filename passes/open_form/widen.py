@@ -64,7 +64,7 @@ def every_site_is_open(gm: fx.GraphModule, context: Context) -> list[str]:
     sites, nodes = context.detection.sites if context.detection else [], set(gm.graph.nodes)
     problems = [f"{s.name} is still a plain add" for s in sites if not nodes.isdisjoint(s.adds)]
     problems += [f"{n.name} is left" for n in nodes if n.target in (branch_input, after_write)]
-    opened = {o.site for o in context.open_sites if nodes.issuperset((o.flat, *o.H, o.end))}
+    opened = {open_site.site for open_site in context.open_sites}
     wanted = [s for s in sites if not s.excluded]
     return problems + [f"{s.name} was not opened" for s in wanted if s not in opened]
 

@@ -223,6 +223,6 @@ def test_what_the_passes_do_is_logged_and_traced(tmp_path: Any) -> None:
     assert "] widen: " in done.stderr and "torch.ops.mhc.coefficients" in done.stderr
     (file,) = tmp_path.iterdir()
     trace = file.read_text(encoding="utf-8")
-    for name in ("0_capture", "3_widen", "6_fuse_coefficients"):
+    for name in ("0_capture", "4_widen", "7_fuse_coefficients"):
         assert f'"name": "mhc_compile_captured_{name}"' in trace
     assert "torch.ops.mhc.coefficients" in trace

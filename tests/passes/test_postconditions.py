@@ -84,7 +84,7 @@ WRONG: dict[str, tuple[Callable[[], None], Any, str, Any]] = {
     "widen": (rewritten, widening._Widener, "_close_site", lambda self, site: None),
     "recognize": (own_connection, recognising, "_noted", lambda context, rejected: None),
     "defer_norm": (rewritten, deferring, "_divide_behind", lambda product, x, inv_r: None),
-    "fuse_coefficients": (rewritten, fusing, "fuse_open", lambda context, report: None),
+    "fuse_coefficients": (rewritten, fusing, "fuse_open", lambda graph, context, report: None),
     "hoist_views": (with_views, hoisting, "_hoist", lambda view, post_res: None),
     "report_kernels": (rewritten, reporting, "_counted", lambda nodes: reporting.Counter()),
     "fuse_seams": (partitioned, seams.Fusion, "apply", lambda self: None),
