@@ -109,7 +109,9 @@ def test_only_modules_can_be_transformed(model):
 
 
 def test_a_disabled_pass_must_exist():
-    with pytest.raises(ValueError, match=r"no pass: nonsense; passes are canonicalize, detect"):
+    with pytest.raises(
+        ValueError, match=r"no pass: nonsense; passes are canonicalize, collect, detect"
+    ):
         mhc_compile.Config(disabled=("defer_norm", "nonsense"))
 
 

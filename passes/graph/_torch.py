@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.proxy import GraphAppendingTracer
 
@@ -17,6 +18,7 @@ __all__ = [
     "PLAIN_TENSORS",
     "GraphAppendingTracer",
     "enable_python_dispatcher",
+    "enter_autocast",
     "is_higher_order",
     "private_functions",
     "rename",

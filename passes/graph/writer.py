@@ -14,7 +14,7 @@ node, under the key that the graph has: Dynamo's graphs ``example_value``, those
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -96,10 +96,30 @@ def compute_value(node: fx.Node) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)  # type: ignore[arg-type]
     # With the decompositions in Python, as Dynamo has it: the one of matmul in C++ asks symbolic
     # sizes for a number (torch 2.11).
-    with torch.no_grad(), _torch.enable_python_dispatcher(), mode or nullcontext():
+    python = _torch.enable_python_dispatcher()
+    with torch.no_grad(), python, mode or nullcontext(), _autocast_around(node):
         if isinstance(node.target, str):
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         return node.target(*args, **kwargs)
+
+
+@contextmanager
+def _autocast_around(node: fx.Node) -> Iterator[None]:
+    """The autocast regions of the graph that a node stands in: dtypes depend on them."""
+    entered: list[fx.Node] = []
+    if node.graph.find_nodes(op="call_function", target=_torch.enter_autocast):
+        for other in node.graph.nodes:
+            if other is node:
+                break
+            if other.target is _torch.enter_autocast:
+                entered.append(other)
+            elif other.args and other.args[0] in entered:
+                entered.remove(other.args[0])  # type: ignore[arg-type]
+    with ExitStack() as regions:
+        for region in entered:
+            device, dtype, enabled, *_ = region.args
+            regions.enter_context(torch.autocast(str(device), dtype, bool(enabled)))  # type: ignore
+        yield
 
 
 def _complete(node: fx.Node, like: fx.Node) -> None:

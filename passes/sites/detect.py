@@ -69,7 +69,7 @@ def _detect(graph: fx.Graph, context: Context) -> Detection:
     try:
         return _look(graph, context)
     except Missing as missing:
-        with suppress(ChainBrokenError):
+        with suppress(ChainBrokenError, Missing):
             return _look(graph, context, ablated=missing.sites)
         raise ChainBrokenError(str(missing)) from None
 

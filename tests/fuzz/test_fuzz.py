@@ -31,6 +31,7 @@ from mhc_compile.capture import copy_graph
 from mhc_compile.compiler.context import context_of
 from mhc_compile.errors import NoSitesError
 from mhc_compile.model.connection import StreamParameters
+from mhc_compile.passes.graph import writer
 from mhc_compile.passes.sites import find as detector
 from mhc_compile.passes.sites.canonicalize import canonicalize
 from mhc_compile.passes.sites.detect import detect
@@ -111,7 +112,9 @@ def sites_of_detector(gm: fx.GraphModule, model: nn.Module) -> Sites:
         node.meta["captured_as"] = node.name
     inputs = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]
     context = context_of(gm, inputs, model, config=Config())
-    canonicalize(gm, context)
+    inherited = (*writer._INHERITED, "captured_as")
+    with patch.object(writer, "_INHERITED", inherited):
+        canonicalize(gm, context)
     detect(gm, context)
     assert context.detection is not None
     return numbered([(s.node.meta["captured_as"], s.chain) for s in context.detection.sites])
