@@ -114,11 +114,11 @@ def _autocast_around(node: fx.Node) -> Iterator[None]:
             if other.target is _torch.enter_autocast:
                 entered.append(other)
             elif other.args and other.args[0] in entered:
-                entered.remove(other.args[0])  # type: ignore[arg-type]
+                entered.remove(other.args[0])
     with ExitStack() as regions:
         for region in entered:
             device, dtype, enabled, *_ = region.args
-            regions.enter_context(torch.autocast(str(device), dtype, bool(enabled)))  # type: ignore
+            regions.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))  # type: ignore[arg-type]
         yield
 
 

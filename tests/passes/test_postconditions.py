@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import fx
 
+from mhc_compile.kernels.variants import get_variant
+from mhc_compile.passes.context import Context, Options
 from mhc_compile.passes.fusion import fuse_coefficients as fusing
 from mhc_compile.passes.fusion import fuse_seams as seams
 from mhc_compile.passes.fusion import hoist_views as hoisting
@@ -39,8 +41,9 @@ def examined() -> None:
 
     def function(m: Any, x: Any) -> Any:
         x = torch.add(x, m.a(x), alpha=2)
-        f = m.b(x)
-        return (x + f) + m.c(x + f)
+        h = m.b(x)
+        first, second = x + torch.relu(h) @ m.c.weight, x + torch.sin(h) @ m.d.weight
+        return first, second, m.a(first), m.b(second)
 
     gm, context = captured(function)
     run_pipeline(gm, context, EXAMINE)
@@ -48,9 +51,9 @@ def examined() -> None:
 
 def own_connection() -> None:
     """One that is none of ours."""
-    function, shapes, *_ = NEAR["no norm"]
-    gm, context = traced(function, leaves(SQUARE, *shapes)), captured(lambda m, x: x)[1]
-    run_pipeline(gm, context, OWN)
+    function, shapes, *_ = NEAR["folded"]
+    gm = traced(function, leaves(SQUARE, *shapes))
+    run_pipeline(gm, Context(Options(2, get_variant("mhc"))), OWN)
 
 
 @cache
