@@ -569,6 +569,33 @@ def test_graphs_of_a_copy_are_its_own():
     assert mhc_compile.graphs(model) != mhc_compile.graphs(twin)
 
 
+class WithoutWeights(nn.Module):
+    """Branches that nothing but their adds can tell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + x * x.cumsum(-1)
+        return x + x * x.cumsum(-1)
+
+
+def test_sizes_of_one_model_make_those_of_another_no_symbols():
+    """Dynamo learns sizes by the name of code, and all declaring forwards had one."""
+    first, x = pair()[1], torch.randn(3, 5, 7, dtype=torch.float64)
+    first(ids())
+    model = mhc_compile.transform(WithoutWeights().double(), n=4, example_inputs=(x,))
+    checks.assert_moves(model, (x,))
+    (graph,) = mhc_compile.graphs(model)
+    assert len(graph.sites) == 2 and "SymInt" not in graph.after.code
+
+
+def test_channels_whose_number_is_a_symbol_are_refused():
+    """They computed plain residuals in silence where no weight told that the branch ran."""
+    x = torch.randn(3, 5, 7, dtype=torch.float64)
+    model = mhc_compile.transform(WithoutWeights().double(), n=4, example_inputs=(x,))
+    torch._dynamo.mark_dynamic(x, 2)
+    with pytest.raises(mhc_compile.ChainBrokenError, match=r"'cumsum' .* in this call: .*mark it"):
+        model(x)
+
+
 def test_sites_point_at_the_operators_of_the_graph_that_runs():
     _, model = pair()
     model(ids())

@@ -461,5 +461,6 @@ def test_a_transformed_model_with_a_part_of_its_own() -> None:
     (graph,) = mhc_compile.graphs(model)
     own = ["paper.blocks.0.mixer_hc", "paper.blocks.0.mlp_hc"]
     assert [site.name for site in graph.sites] == ["a", "b", *own]
-    assert operators(graph, "captured") == ["coefficients", "pre", "post_res"] * 4
+    two = ["coefficients", "pre", "post_res"] * 2
+    assert operators(graph, "captured") == [*two, "expand", *two, "readout"]
     assert_moves(model, (x,))

@@ -8,6 +8,7 @@ after the functions, and each runs its function on the real thing.
 from __future__ import annotations
 
 import ast
+import collections
 import importlib
 import inspect
 import io
@@ -71,6 +72,7 @@ OWNERS: dict[str, Callable[[], Any]] = {
     "a compiled module": lambda: torch.compile(nn.Identity()),
     "a module in DDP": a_ddp_module,
     "a node": lambda: fx.Node,
+    "a named tuple": lambda: collections.namedtuple("Named", "field"),
     "the room of nn.Module": lambda: torch.nn.modules.module,
     "a number of Dynamo": lambda: SymNode(sympy.Float(0.5), ShapeEnv(), float, 0.5),
 }

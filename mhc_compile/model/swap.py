@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import functools
+import re
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -210,7 +211,7 @@ def _declaring_forward(
             return super(swapped(), self).forward(*args, **kwargs)  # type: ignore[misc]
         return _call_as_root(self, args, kwargs)
 
-    return forward
+    return _under_the_name_of(original, forward)
 
 
 def _adopted_forward(own: Callable[..., Any], number: int) -> Callable[..., Any]:
@@ -235,6 +236,24 @@ def _adopted_forward(own: Callable[..., Any], number: int) -> Callable[..., Any]
     return forward
 
 
+def _under_the_name_of(original: type[nn.Module], forward: Any) -> Any:
+    """A forward of ours with code of its own for a class.
+
+    Dynamo keeps what it has learned of sizes, and counts graphs, by file, line and name of code.
+    With one code for all, sizes of another model's inputs would make those of this one dynamic.
+    """
+    name = re.sub(r"\W", "_", f"forward_of_{original.__module__}_{original.__qualname__}")
+    forward.__code__ = forward.__code__.replace(co_name=name)
+    return forward
+
+
+def _is_ours(function: Any, code: types.CodeType) -> bool:
+    """Whether a function was made where a code was; marks on it are copied by functools.wraps."""
+    own: Any = getattr(function, "__code__", None)
+    place = (code.co_filename, code.co_firstlineno)
+    return own is not None and (own.co_filename, own.co_firstlineno) == place
+
+
 def _declared_tensors(module: nn.Module) -> list[nn.Parameter]:
     """The mHC parameters of a module; past a ``__getattr__`` of its class (traced by Dynamo)."""
     own = module._modules
@@ -244,18 +263,19 @@ def _declared_tensors(module: nn.Module) -> list[nn.Parameter]:
 def _adopt_forward(module: nn.Module) -> None:
     """Let a forward that stands on the instance declare."""
     own = module.__dict__.get("forward")
-    if own is None or getattr(own, "__code__", None) is _ADOPTED:
+    if own is None or _is_ours(own, _ADOPTED):
         return
     adopted = [*module.__dict__.get(FORWARD, ()), own]
     module.__dict__[FORWARD] = adopted
     forward = _adopted_forward(own, len(adopted) - 1)
+    forward = _under_the_name_of(original_class(module), forward)
     module.__dict__["forward"] = types.MethodType(forward, module)
 
 
 def _users_forward(module: nn.Module) -> Any:
     """The forward that a user put on an instance, adopted or not; None without one."""
     own: Any = module.__dict__.get("forward")
-    if getattr(own, "__code__", None) is not _ADOPTED:
+    if not _is_ours(own, _ADOPTED):
         return own
     number = own.__func__.__closure__[own.__code__.co_freevars.index("number")].cell_contents
     return module.__dict__[FORWARD][number]
@@ -274,7 +294,7 @@ def _checked_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _require_own_forward(cls: type[nn.Module]) -> None:
     owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
-    if getattr(owner.__dict__["forward"], "__code__", None) is not _DECLARING:
+    if not _is_ours(owner.__dict__["forward"], _DECLARING):
         original = cls._mhc_original  # type: ignore[attr-defined]
         raise UnsupportedError(
             f"forward was replaced on the class that transform gave to {original.__name__}, and no "
@@ -284,7 +304,7 @@ def _require_own_forward(cls: type[nn.Module]) -> None:
         )
 
 
-# Every such function shares its code; marks on a function are copied by functools.wraps.
+# What such functions are known by.
 _DECLARING = _declaring_forward(nn.Module, lambda: nn.Module).__code__
 _ADOPTED = _adopted_forward(nn.Module.forward, 0).__code__
 

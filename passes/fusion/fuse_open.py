@@ -104,8 +104,9 @@ def _fuse_site(open_site: OpenSite, there: set[fx.Node], report: Report) -> None
 
 
 def _fuse_sum(open_site: OpenSite) -> None:
-    mixed, spread, end = open_site.mixed, open_site.spread, open_site.end
+    end = open_site.end
     write = Writer(end, end)
+    mixed, spread = _operand(end).all_input_nodes
     X, f = _operand(mixed.args[1]), _operand(_operand(spread.args[1]))
     H_res, H_post = mixed.args[0], _operand(spread.args[0])
     if dtype_of(end) != dtype_of(X):  # the operator rounds to X's, which the open form did not

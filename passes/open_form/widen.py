@@ -256,15 +256,9 @@ class _Widener:
 
     def _note_open(self, site: Site, end: fx.Node) -> None:
         flat, H, h = self.opening[site]
-        (total,) = end.all_input_nodes
-        mixed, spread = total.all_input_nodes
         phi, alpha, bias = site.parameters[:3]
-        self.open_sites.append(
-            OpenSite(
-                *(site, self.options.variant, self.options.eps, flat, (phi, alpha, bias), H, h),
-                *(mixed, spread, end),
-            )
-        )
+        variant, eps, parameters = self.options.variant, self.options.eps, (phi, alpha, bias)
+        self.open_sites.append(OpenSite(site, variant, eps, flat, parameters, H, h, end))
 
     def _step(self, node: fx.Node, operand: fx.Node) -> None:
         """A stream-wise operation between two sites, or on a skip, on every stream."""

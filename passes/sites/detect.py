@@ -87,7 +87,7 @@ def _look(
     ordered = sorted((s for chain in sites for s in chain), key=lambda s: finder.flow.index[s.node])
     if context.declarations is not None:
         _refuse_undeclared(graph, finder, sites, places, context)
-        require_declared(finder, sites, declared, context)
+        require_declared(finder, sites, declared, places, context)
     return Detection(ordered, _rejected(finder, places), sites, finder.up)
 
 

@@ -175,7 +175,7 @@ class OpenSite:
         parameters: phi, alpha, bias.
         H: H_pre, H_post, H_res.
         h: the branch's input in the dtype of the model.
-        mixed, spread: the products H_res X and H_postᵀ f; end: their sum in the streams' dtype.
+        end: H_res X + H_postᵀ f in the streams' dtype.
     """
 
     site: Site
@@ -185,8 +185,6 @@ class OpenSite:
     parameters: tuple[fx.Node, fx.Node, fx.Node]
     H: tuple[fx.Node, fx.Node, fx.Node]
     h: fx.Node
-    mixed: fx.Node
-    spread: fx.Node
     end: fx.Node
 
 

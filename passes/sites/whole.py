@@ -14,7 +14,7 @@ from ..context import Context, Declaration
 from ..errors import ChainBrokenError
 from ..graph.operators import Kind, op_of
 from .find import Finder
-from .records import Site, identity_of, stack_of
+from .records import Place, Reason, Site, identity_of, stack_of
 
 __all__ = ["Missing", "require_declared", "undeclared_on_streams"]
 
@@ -57,6 +57,7 @@ def require_declared(
     finder: Finder,
     chains: Sequence[Sequence[Site]],
     declared: Mapping[fx.Node, Declaration],
+    places: Mapping[fx.Node, Place],
     context: Context,
 ) -> None:
     """Raise where something that was declared is missing.
@@ -74,6 +75,7 @@ def require_declared(
         for entry in entries
         if (owner, entry.name) not in found
     ]
+    _refuse_lost(finder, places, declared)
     if not missing:
         _require_whole(sites, chains, declared, context)
         return
@@ -85,6 +87,25 @@ def require_declared(
         _require_whole(sites, chains, declared, context)
     except ChainBrokenError as error:
         raise Missing(str(error), frozenset((o, e.name) for o, e in missing)) from None
+
+
+def _refuse_lost(
+    finder: Finder, places: Mapping[fx.Node, Place], declared: Mapping[fx.Node, Declaration]
+) -> None:
+    """What was declared and found must not be left out for another reason."""
+    for node in declared:
+        if (reason := finder.rejected.get(node)) is not None:
+            place = places[node]
+            raise ChainBrokenError(
+                f"The residual add '{place.name}' ({place.location}) is declared, but cannot be "
+                f"n-stream in this call: {reason}. {_WHY.get(reason, '')}".rstrip()
+            )
+
+
+_WHY = {
+    Reason.LAYOUT: "The number of channels must be a number: where Dynamo has made it a symbol, "
+    "mark it static (torch._dynamo.mark_static(x, -1)), or compile with dynamic=False."
+}
 
 
 def _branches_run(finder: Finder) -> set[tuple[str, str]]:
