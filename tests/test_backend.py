@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch._inductor.metrics
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile import _torch
