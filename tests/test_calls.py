@@ -8,11 +8,11 @@ import pytest
 
 from benchmarks.calls import alone, total
 
-TRANSFORM = 14_300
-FIRST_FORWARD = {"plain call": 54_000, "compiled": 55_300}
-FIRST_BACKWARD = {"plain call": 480, "compiled": 2_850}
-STEADY_FORWARD = {"plain call": 470, "compiled": 325}
-STEADY_BACKWARD = {"plain call": 470, "compiled": 334}
+TRANSFORM = 8_600
+FIRST_FORWARD = {"plain call": 17_400, "compiled": 18_900}
+FIRST_BACKWARD = {"plain call": 160, "compiled": 2_750}
+STEADY_FORWARD = {"plain call": 205, "compiled": 120}
+STEADY_BACKWARD = {"plain call": 155, "compiled": 90}
 
 
 @pytest.mark.parametrize("form", ["plain call", "compiled"])

@@ -10,7 +10,7 @@ else all operators have in common are those of `site`; weights are `[..., n]`. `
 `readout` are linear and may be differentiated any number of times, `head` once.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ def readout_backward(dx: Tensor, n: int, kind: str, dtype: torch.dtype) -> Tenso
 
 
 def _fake_readout(X: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    _check_kind(kind)
+    if kind not in KINDS:
+        _refuse_kind(kind)
     return X.new_empty(*X.shape[:-2], X.shape[-1], dtype=dtype)
 
 
@@ -87,7 +88,8 @@ def readout(X: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: for another kind.
     """
-    _check_kind(kind)
+    if kind not in KINDS:
+        _refuse_kind(kind)
     call = Call(X, _exact(X), dtype)
     (streams,) = call.flat(("X",), X)
     (x,) = call.shaped(call.kernels.readout(streams, kind))
@@ -175,7 +177,8 @@ def head(
 
 def _copied(x: Tensor, n: int, kind: str, dtype: torch.dtype) -> Tensor:
     """x, or an n-th of it for `mean`, in n streams of `dtype`."""
-    _check_kind(kind)
+    if kind not in KINDS:
+        _refuse_kind(kind)
     call = Call(x.unsqueeze(-2).expand(*x.shape[:-1], n, x.shape[-1]), _exact(x), dtype)
     (flat,) = call.flat(("f",), x)
     (X,) = call.shaped(call.kernels.readout_backward(flat, n, kind))
@@ -187,9 +190,8 @@ def _exact(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=compute_dtype(x.dtype))
 
 
-def _check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"readout kind must be 'mean' or 'sum', got {kind!r}")
+def _refuse_kind(kind: str) -> NoReturn:
+    raise ValueError(f"readout kind must be 'mean' or 'sum', got {kind!r}")
 
 
 def _check_head(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> None:

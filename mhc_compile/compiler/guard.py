@@ -107,12 +107,12 @@ def _applied(graph: fx.Graph, weights: set[fx.Node]) -> dict[fx.Node, frozenset[
         if node.op in ("placeholder", "output") or node in standing_for:
             continue
         inputs = [i for i in node.all_input_nodes if holds_tensor(i)]
-        found = frozenset[fx.Node]().union(*(standing_for.get(i, ()) for i in inputs))
+        found = frozenset[fx.Node]().union(*[standing_for.get(i, ()) for i in inputs])
         if not found:
             continue
         if _calls_a_body(node):
             applied[node] = found
-        elif all(i in standing_for for i in inputs):
+        elif standing_for.keys() >= set(inputs):
             standing_for[node] = found
         elif op_of(node).kind is Kind.MIXING:
             applied[node] = found
@@ -131,7 +131,7 @@ def _weights_within(
     flow: DataFlow, site: Site, applied: Mapping[fx.Node, frozenset[fx.Node]]
 ) -> frozenset[fx.Node]:
     region = flow.region(site.x, site.branch)
-    within = (applied[n] for n in region if n in applied and flow.depends(n, site.x))
+    within = [applied[n] for n in region if n in applied and flow.depends(n, site.x)]
     return frozenset[fx.Node]().union(*within)
 
 

@@ -370,7 +370,7 @@ class Forwards:
         now = [self._of(m) is before for ref, before in self._parts if (m := ref()) is not None]
         return (
             not all(now)
-            or any(c.forward is not f for c, f in self._classes.items())
+            or bool([c for c, f in self._classes.items() if c.forward is not f])
             or _torch.hooks_for_all_modules() != self._hooks
         )
 

@@ -96,30 +96,27 @@ def compute_value(node: fx.Node) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)  # type: ignore[arg-type]
     # With the decompositions in Python, as Dynamo has it: the one of matmul in C++ asks symbolic
     # sizes for a number (torch 2.11).
-    python = _torch.enable_python_dispatcher()
-    with torch.no_grad(), python, mode or nullcontext(), _autocast_around(node):
+    python, regions = _torch.enable_python_dispatcher(), ExitStack()
+    for device, dtype, enabled, *_ in _autocast_around(node):
+        regions.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+    with torch.no_grad(), python, mode or nullcontext(), regions:
         if isinstance(node.target, str):
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         return node.target(*args, **kwargs)
 
 
-@contextmanager
-def _autocast_around(node: fx.Node) -> Iterator[None]:
-    """The autocast regions of the graph that a node stands in: dtypes depend on them."""
-    entered: list[fx.Node] = []
+def _autocast_around(node: fx.Node) -> list[Any]:
+    """Arguments of the autocast regions that a node stands in: dtypes depend on them."""
+    entered: dict[fx.Node, Any] = {}
     if node.graph.find_nodes(op="call_function", target=_torch.enter_autocast):
         for other in node.graph.nodes:
             if other is node:
                 break
             if other.target is _torch.enter_autocast:
-                entered.append(other)
-            elif other.args and other.args[0] in entered:
-                entered.remove(other.args[0])
-    with ExitStack() as regions:
-        for region in entered:
-            device, dtype, enabled, *_ = region.args
-            regions.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))  # type: ignore[arg-type]
-        yield
+                entered[other] = other.args
+            elif other.args and other.args[0] in entered:  # its end
+                del entered[other.args[0]]
+    return list(entered.values())
 
 
 def _complete(node: fx.Node, like: fx.Node) -> None:
