@@ -39,10 +39,11 @@ def hoist_views(gm: fx.GraphModule, context: Context) -> PassResult:
 
 
 def _hoist_all(graph: fx.Graph) -> int:
-    found = list(_behind_post_res(graph))
-    for view, post_res in found:
+    moved = 0
+    for view, post_res in _behind_post_res(graph):  # a second view then reads the new post_res
         _hoist(view, post_res)
-    return len(found)
+        moved += 1
+    return moved
 
 
 def no_view_is_left(gm: fx.GraphModule, context: Context) -> list[str]:
