@@ -94,7 +94,9 @@ def _fuse(
         _fuse_post_res(site, report)
     if found:
         erase_dead_code(gm.graph, keep=effects)
-    context.own += [*_own_sites(found), *report.refused]
+    own = _own_sites(found)
+    names = {site.name for site in own}  # deferring its norm may make one readable
+    context.own = [r for r in context.own if r.name not in names] + [*own, *report.refused]
     return PassResult(gm, changed=bool(report.made), notes=report.notes())
 
 

@@ -26,10 +26,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from torch import Tensor, fx, nn
 
 import mhc_compile
-from mhc_compile import Config, backend
+from mhc_compile import Config
 from mhc_compile.capture import copy_graph
 from mhc_compile.compiler.context import context_of
 from mhc_compile.errors import NoSitesError
+from mhc_compile.model import callbacks
 from mhc_compile.model.connection import StreamParameters
 from mhc_compile.passes.graph import writer
 from mhc_compile.passes.sites import find as detector
@@ -191,7 +192,7 @@ def run_transformed(
     if perturbed:
         checks.perturb(model)
     calls = Captured(model)
-    with patch.object(backend, "eager", calls.backend):
+    with patch.object(callbacks, "eager", calls.backend):
         return run(model, inputs), calls
 
 

@@ -261,7 +261,9 @@ def test_a_near_miss_is_listed_where_norms_are_deferred_too(name: str) -> None:
     gm = traced(function, leaves(SQUARE, *shapes))
     context = Context(Options(2, get_variant("mhc"), defer_norms=True))
     run_pipeline(gm, context, OWN)
-    assert [site.reason for site in context.own] == [reason]
+    # The rounding moves behind the product, and what is left is the connection of the paper.
+    expected = "recognised: mhc(iterations=3)" if name == "rounded" else reason
+    assert [site.reason for site in context.own] == [expected]
 
 
 def test_the_connection_that_the_near_misses_change_is_a_site() -> None:
