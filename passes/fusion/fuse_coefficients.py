@@ -94,9 +94,10 @@ def _fuse(
         _fuse_post_res(site, report)
     if found:
         erase_dead_code(gm.graph, keep=effects)
-    own = _own_sites(found)
-    names = {site.name for site in own}  # deferring its norm may make one readable
-    context.own = [r for r in context.own if r.name not in names] + [*own, *report.refused]
+    # One that was rejected may have become readable, since its norm was deferred.
+    read_now = {made.reading.mapping.y.meta.get(OWN_TAG) for made in found}
+    rejected = [r for r in context.own if isinstance(r, Rejected) and r.node.name not in read_now]
+    context.own = [*rejected, *_own_sites(found), *report.refused]
     return PassResult(gm, changed=bool(report.made), notes=report.notes())
 
 

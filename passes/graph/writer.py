@@ -34,7 +34,7 @@ _INHERITED = (
 """What a new node takes over from the node whose work it does.
 
 ``SITE_TAG`` is the name of the connection that a node belongs to; ``OWN_TAG`` is on the products
-with which hyper-connections of the model's own are computed.
+with which hyper-connections of the model's own are computed, the name of the first of them.
 """
 
 

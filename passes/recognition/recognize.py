@@ -68,7 +68,7 @@ def _recognize(gm: fx.GraphModule, context: Context) -> PassResult:
         erase_dead_code(gm.graph, keep=effects)
         found = write_backs(gm.graph)
     for product in (p for w in found for p in w.products):
-        product.meta[OWN_TAG] = True
+        product.meta[OWN_TAG] = product.name
     rejected = [r for w in found if (r := _rejected(w)) is not None]
     _noted(context, rejected)
     notes = [f"{len(found)} connections"]
