@@ -274,6 +274,10 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "tests/inspect/test_report.py::test_the_text_holds_every_add_with_its_reason_and_place",
         "tests/inspect/test_report.py::test_the_html_holds_every_add_with_its_reason_and_place",
     ),
+    "| `history` |": (
+        f"{_BACKEND}::test_code_is_kept_where_it_is_asked_for",
+        "tests/test_config.py::test_how_much_history_is_kept_makes_no_other_configuration",
+    ),
     "| `graphs(model)` |": (f"{_BACKEND}::test_graphs_keep_the_whole_history",),
     '`TORCH_LOGS="+mhc_compile"` logs': (
         "tests/compiler/test_partitioned.py::test_what_the_passes_do_is_logged_and_traced",
