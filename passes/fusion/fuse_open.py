@@ -117,8 +117,8 @@ def _fuse_sum(open_site: OpenSite) -> None:
 
 def _fuse_end(end: OpenEnd) -> str:
     """The operator in the place of an end of a chain; its name."""
-    node, like = end.node, end.node
-    write = Writer(node, like)
+    node = end.node
+    write = Writer(node, node)
     if end.kind == "expand":
         n = int(shape_of(node)[-2])  # type: ignore[call-overload]
         new = write.call(torch.ops.mhc.expand.default, _operand(_operand(node)), n, name="X")

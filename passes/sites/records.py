@@ -111,8 +111,30 @@ class Place:
         return f"{self.owner}.{self.branch_name}" if self.owner else self.branch_name
 
 
+class _Placed:
+    """What is asked of a record by way of its place."""
+
+    place: Place
+
+    @property
+    def name(self) -> str:
+        return self.place.name
+
+    @property
+    def owner(self) -> str:
+        return self.place.owner
+
+    @property
+    def branch_name(self) -> str:
+        return self.place.branch_name
+
+    @property
+    def location(self) -> str:
+        return self.place.location
+
+
 @dataclass(frozen=True, eq=False)
-class Site(ResidualAdd):
+class Site(_Placed, ResidualAdd):
     """A residual add in its chain: it becomes an n-stream connection.
 
     Attributes:
@@ -139,22 +161,6 @@ class Site(ResidualAdd):
     linear: bool = True
     excluded: bool = False
     parameters: tuple[fx.Node, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return self.place.name
-
-    @property
-    def owner(self) -> str:
-        return self.place.owner
-
-    @property
-    def branch_name(self) -> str:
-        return self.place.branch_name
-
-    @property
-    def location(self) -> str:
-        return self.place.location
 
     @property
     def reason(self) -> str:
@@ -206,7 +212,7 @@ class OpenEnd:
 
 
 @dataclass(frozen=True, eq=False)
-class FusedSite:
+class FusedSite(_Placed):
     """A connection in the graph that runs: what ``widen`` made, or the model's own.
 
     Attributes:
@@ -233,25 +239,9 @@ class FusedSite:
     nodes: Mapping[str, fx.Node] = field(default_factory=dict)
     excluded: bool = False
 
-    @property
-    def name(self) -> str:
-        return self.place.name
-
-    @property
-    def owner(self) -> str:
-        return self.place.owner
-
-    @property
-    def branch_name(self) -> str:
-        return self.place.branch_name
-
-    @property
-    def location(self) -> str:
-        return self.place.location
-
 
 @dataclass(frozen=True, eq=False)
-class Rejected:
+class Rejected(_Placed):
     """An add that looks residual and is left alone.
 
     Attributes:
@@ -263,18 +253,6 @@ class Rejected:
     place: Place = Place()
     width: int = 0
     detail: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.place.name
-
-    @property
-    def owner(self) -> str:
-        return self.place.owner
-
-    @property
-    def location(self) -> str:
-        return self.place.location
 
 
 @dataclass(frozen=True)

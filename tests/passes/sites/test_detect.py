@@ -185,7 +185,6 @@ REJECTED = {
 }
 
 
-@pytest.mark.parametrize("reason", REJECTED, ids=lambda r: r.name)
 def test_a_broadcast_operand_with_a_factor_is_no_site() -> None:
     """`alpha * v` was given the shape of x, and three such sums were taken for sites."""
 
@@ -199,6 +198,7 @@ def test_a_broadcast_operand_with_a_factor_is_no_site() -> None:
     assert [r.reason for r in found.rejected] == [Reason.BROADCAST] * 3
 
 
+@pytest.mark.parametrize("reason", REJECTED, ids=lambda r: r.name)
 def test_rejected_adds_say_why(reason: Reason) -> None:
     found = detected(REJECTED[reason])
     assert not found.sites
