@@ -35,7 +35,8 @@ def spelled(node: fx.Node) -> str | None:
             if getattr(module, short, None) is target:
                 return f"{place}.{short}"
     module_name = getattr(target, "__module__", None) or ""
-    return f"{module_name}.{name}" if module_name.startswith("torch") else None
+    is_packet = module_name.startswith("torch._ops")  # of operators that are not torch's, too
+    return f"{module_name}.{name}" if module_name.startswith("torch") and not is_packet else None
 
 
 def found(text: str) -> tuple[str, Any]:

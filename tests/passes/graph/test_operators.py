@@ -16,6 +16,8 @@ from mhc_compile.errors import NoSitesError
 from mhc_compile.passes.graph.operators import UNKNOWN, Kind, op_name, op_of
 from tests.passes.graphs import WIDTH
 
+from .met import LIST, found
+
 
 @torch.library.custom_op("mhc_test::add", mutates_args=())
 def custom_add(x: Tensor, y: Tensor) -> Tensor:
@@ -150,3 +152,32 @@ def test_functions_of_the_users_own_stay_what_they_are() -> None:
     for (name, _), block in zip(checks.connections(model).items(), model, strict=True):
         X = streams.connect(X, name, lambda h, w=block.weight: (h.cumsum(-1) @ w.T).sin().flip(-1))
     assert checks.error(model(x), readout(X)) < 1e-12
+
+
+MIXING = """
+    F.adaptive_avg_pool2d F.avg_pool2d F.embedding F.max_pool2d F.multi_head_attention_forward
+    F.scaled_dot_product_attention Tensor.bernoulli_ Tensor.bool Tensor.cumsum Tensor.int
+    Tensor.long
+    torch._C._fft.fft_fftn torch._functorch.predispatch._add_batch_dim
+    torch._functorch.predispatch._remove_batch_dim
+    torch._functorch.predispatch._vmap_decrement_nesting
+    torch._functorch.predispatch._vmap_increment_nesting
+    torch._functorch.predispatch.lazy_load_decompositions torch._weight_norm
+    torch.adaptive_avg_pool1d torch.arange torch.cumsum torch.diff torch.histc torch.rand
+    torch.tensor
+""".split()
+"""What models use and the table does not have on purpose: it combines tokens or channels, or no
+stream passes it."""
+
+
+def test_every_operation_of_the_zoo_is_known_or_mixes_on_purpose() -> None:
+    """`python -m tests.passes.graph.met` adds what new models use to the list."""
+    listed = LIST.read_text(encoding="utf-8").split()
+    assert len(listed) > 100 and set(MIXING) <= set(listed)
+    unknown = [
+        text
+        for text in listed
+        if not (text in MIXING and text.startswith("torch._"))  # not of every version of torch
+        and op_of(fx.Graph().create_node(*found(text), ())) is UNKNOWN
+    ]
+    assert sorted(unknown) == sorted(t for t in MIXING if not t.startswith("torch._"))
