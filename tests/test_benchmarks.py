@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import harness, kernels, overhead, recognize, rotation, scale, zoo
+from benchmarks import calls, harness, kernels, overhead, recognize, rotation, scale, zoo
 
 
 @pytest.mark.parametrize(
     "name, page, document",
     [
+        ("calls", "calls", calls.document),
         ("kernels-cpu", "speed", kernels.document),
         ("overhead", "overhead", overhead.document),
         ("recognize", "recognize", recognize.document),

@@ -1,5 +1,8 @@
 """The tested versions: a newer torch warns once, and what else names them agrees."""
 
+import argparse
+import itertools
+import math
 import re
 import subprocess
 import sys
@@ -87,8 +90,17 @@ def test_the_whole_suite_runs_on_the_pinned_and_on_the_newest_versions():
     assert newest in whole
     assert any(wanted.is_pinned for wanted in whole)
     assert len(whole) == 2
-    every = len(versions.TORCH) * len(versions.PYTHON) * len(versions.TRANSFORMERS)
-    assert len(list(script.matrix())) == every
+    assert set(whole) < set(script.matrix(every=False))
+
+
+def test_every_two_versions_meet():
+    kinds = (versions.TORCH, versions.PYTHON, versions.TRANSFORMERS)
+    assert len(list(script.matrix())) == math.prod(map(len, kinds))
+    chosen = [(v.torch, v.python, v.transformers) for v in script.matrix(every=False)]
+    assert len(chosen) == 12
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        pairs = {(row[i], row[j]) for row in chosen}
+        assert pairs == set(itertools.product(kinds[i], kinds[j]))
 
 
 def test_conditions_choose_rows():
@@ -143,15 +155,17 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "Environment", Nothing)
     monkeypatch.setattr(script, "measure", measure)
     only = ["torch==2.11.0", "python==3.11"]
+    given = argparse.Namespace(only=only, folder=tmp_path, processes=1, keep=False, again=False)
+    given.every = True
     with pytest.raises(KeyboardInterrupt):
-        script.run_matrix(only, tmp_path, 1, keep=False, again=False)
+        script.run_matrix(given)
     assert list(script.known_rows()) == measured
     assert script.TABLE.read_text().count("| 2.11.0 | 3.11 |") == 2
 
     done = list(measured)
     measured.clear()
     made.clear()
-    assert script.run_matrix(only, tmp_path, 1, keep=False, again=False)
+    assert script.run_matrix(given)
     assert len(measured) == 1
     assert measured[0] not in done
     assert made == ["torch-2.11.0-python-3.11", "no torch-2.11.0-python-3.11"]

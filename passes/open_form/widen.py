@@ -90,8 +90,7 @@ class _Widener:
         for site in self.sites:
             self.reading.setdefault(site.x, []).append(site)
         self.branch_inputs: dict[fx.Node, Site] = {}  # a marker -> the site whose branch begins
-        self.stream_starts: dict[fx.Node, Site] = {}  # a marker behind x -> the site that reads x
-        self.unrecorded: set[fx.Node] = set()  # markers under no_grad, though the site is not
+        self.recorded: dict[fx.Node, bool] = {}  # markers in another gradient mode than the site
         self.inputs: dict[fx.Node, fx.Node] = {}  # a marker -> h
         self.streams: dict[fx.Node, fx.Node] = {}  # a state -> its n streams [..., n, C]
         self.origin: dict[fx.Node, tuple[Site, int]] = {}  # a state -> a site, its channel axis
@@ -107,9 +106,7 @@ class _Widener:
         for site in sorted(self.sites, key=lambda s: -self.flow.index[s.node]):
             self._mark_branch(site)
         for node in list(self.graph.nodes):
-            if node in self.stream_starts:
-                self._start(node, self.stream_starts[node])
-            elif node in self.branch_inputs:
+            if node in self.branch_inputs:
                 self._open_site(node, self.branch_inputs[node])
             elif node in self.site_at:
                 self._close_site(self.site_at[node])
@@ -120,15 +117,15 @@ class _Widener:
     # --- where a branch begins ----------------------------------------------------------------
 
     def _mark_branch(self, site: Site) -> None:
-        """Put a marker between x and the operations of F that read it."""
+        """Put a marker between x and the operations of F that read it, right behind x."""
         region = self.regions[site]
         readers = [u for u in self.x[site].users if u in region and u not in site.skip_path]
-        with self._where_branch_begins(site, readers):
+        with self.graph.inserting_after(_last_input(self.graph, self.x[site])):
             mark = marker(branch_input, self.x[site])
         self.modes.set(mark, self.modes.of(mark.prev))
         recorded = any(self.modes.of(node).grad for node in (site.node, *readers))
-        if recorded and not self.modes.of(mark).grad:
-            self.unrecorded.add(mark)
+        if recorded != self.modes.of(mark).grad:
+            self.recorded[mark] = recorded
         for user in [*readers, *self._read_along(site, mark)]:
             user.replace_input_with(self.x[site], mark)
         self.branch_inputs[mark] = site
@@ -158,33 +155,12 @@ class _Widener:
         behind = [u for u in self.x[site].users if u not in taken and mark < u]
         return [u for u in behind if _child_call(u, site) in begins]
 
-    def _where_branch_begins(self, site: Site, readers: list[fx.Node]) -> Any:
-        """Behind x, or in front of F where the sum is in another mode than x.
-
-        There the site's coefficients get gradients though x was computed under ``no_grad``.
-        """
-        mode, first = self.modes.of(site.node), min(readers, default=site.node)
-        behind = _last_input(self.graph, self.x[site])
-        if self.modes.of(self.x[site]) == mode or self.modes.of(first).others != mode.others:
-            return self.graph.inserting_after(behind)
-        with self.graph.inserting_after(behind):
-            start = marker(branch_input, self.x[site])
-        self.modes.set(start, self.modes.of(self.x[site]))
-        self.stream_starts[start] = site
-        return self.graph.inserting_before(first)
-
-    def _start(self, mark: fx.Node, site: Site) -> None:
-        """The first streams of a chain, in the mode of x."""
-        with self._writing(before=mark, like=site.node):
-            self._streams_at_start(site)
-        self.graph.erase_node(mark)
-
     # --- one site: open where x is known, close where F is ------------------------------------
 
     def _open_site(self, mark: fx.Node, site: Site) -> None:
         """Coefficients and the branch's input: everything that needs X and not F."""
         dtype = _dtype(self.x[site])
-        with self._writing(before=mark, like=site.node, recorded=mark in self.unrecorded):
+        with self._writing(before=mark, like=site.node, recorded=self.recorded.get(mark)):
             streams = self._proxy(self._streams_at_start(site))
             h: Any
             if site.excluded:
@@ -378,23 +354,26 @@ class _Widener:
         return lay_as(state, single)
 
     @contextmanager
-    def _writing(self, *, before: fx.Node, like: fx.Node, recorded: bool = False) -> Iterator[None]:
+    def _writing(
+        self, *, before: fx.Node, like: fx.Node, recorded: bool | None = None
+    ) -> Iterator[None]:
         """Nodes written inside stand before a node, with the origin and recompute tags of another.
 
         Autocast around them needs no care: the functions of ``reference`` keep their precision.
 
         Args:
-            recorded: whether gradients have to be switched on for them.
+            recorded: the gradient mode that they need, None for that in which they stand.
         """
-        self._set_grad(True, before, recorded)
+        if recorded is not None:
+            self._set_grad(recorded, before)
         with tracing(before, like):
             yield
-        self._set_grad(False, before, recorded)
+        if recorded is not None:
+            self._set_grad(not recorded, before)
 
-    def _set_grad(self, recorded: bool, before: fx.Node, wanted: bool) -> None:
-        if wanted:
-            with self.graph.inserting_before(before):
-                self.graph.call_function(self.modes.set_grad, (recorded,))
+    def _set_grad(self, recorded: bool, before: fx.Node) -> None:
+        with self.graph.inserting_before(before):
+            self.graph.call_function(self.modes.set_grad, (recorded,))
 
 
 def _steps(detection: Detection) -> dict[fx.Node, fx.Node]:

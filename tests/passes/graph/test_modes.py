@@ -165,6 +165,25 @@ def first_state_truth(m, x):
     return site(site(expand(x), m.mhc.a, m.a), m.mhc.b, m.b).mean(-2)
 
 
+def first_state_and_gate_plain(m, x):
+    with no_grad():
+        x = m.d(x)
+        gate = m.c(x)
+    x = x + m.a(x) * gate
+    return x + m.b(x)
+
+
+def first_state_and_gate_truth(m, x):
+    def branch(h):
+        with no_grad():
+            gate = m.c(h)
+        return m.a(h) * gate
+
+    with no_grad():
+        x = m.d(x)
+    return site(site(expand(x), m.mhc.c, branch), m.mhc.b, m.b).mean(-2)
+
+
 def streamwise_plain(m, x):
     x = x + m.a(x)
     with no_grad():
@@ -261,6 +280,21 @@ def viewed_truth(m, x):
     return site(site(X, m.mhc.b, m.b), m.mhc.c, m.c).mean(-2)
 
 
+def viewed_later_plain(m, x):
+    with no_grad():
+        x = x + m.a(x)
+    x = x.view(-1, WIDTH)
+    x = x + m.b(x)
+    return x + m.c(x)
+
+
+def viewed_later_truth(m, x):
+    with no_grad():
+        X = site(expand(x), m.mhc.a, m.a)
+    X = X.view(-1, N, WIDTH)
+    return site(site(X, m.mhc.b, m.b), m.mhc.c, m.c).mean(-2)
+
+
 def enabled_inside_plain(m, x):
     """Called under no_grad: only the second branch and sum are recorded."""
     x = x + m.a(x)
@@ -286,12 +320,18 @@ CASES = {
     ),
     "a sum": Case(sum_plain, sum_truth, "a.res b.post b.res"),
     "the first state": Case(first_state_plain, first_state_truth),
+    "the first state and a gate": Case(
+        first_state_and_gate_plain, first_state_and_gate_truth, "c.res"
+    ),
     "a step on the stream": Case(streamwise_plain, streamwise_truth, "a.pre a.post a.res"),
     "a reader": Case(readout_plain, readout_truth),
     "a norm that may be deferred": Case(
         deferred_plain, deferred_truth, "a.res b.pre", {"defer_norms": True}
     ),
     "a view of tokens": Case(viewed_plain, viewed_truth, "a.pre a.post a.res"),
+    "a view of tokens behind a site": Case(
+        viewed_later_plain, viewed_later_truth, "a.pre a.post a.res"
+    ),
     "the variance of a norm": Case(variance_plain, variance_truth),
 }
 
