@@ -25,6 +25,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import re
 import runpy
 import shutil
@@ -71,10 +72,11 @@ minor version, with a DeprecationWarning that says what to write instead. Nothin
 installed by pip without constraints. Every two versions of two of the three meet in a row. "all" is
 the whole suite, "core" is `pytest -m core`: all but the zoo, the fuzz, most tests of kernels and
 what no version changes. Bold are the versions of constraints.txt, with which `make test` runs.
+Each row ran in a random order, that of `pytest --order-seed`.
 
 | torch | Python | transformers | triton | numpy | tests | passed | failed | skipped | minutes \
-| machine | date |
-|---|---|---|---|---|---|---:|---:|---:|---:|---|---|
+| order | machine | date |
+|---|---|---|---|---|---|---:|---:|---:|---:|---:|---|---|
 """
 
 
@@ -111,6 +113,7 @@ class Row:
 
     Attributes:
         sources: which state of the sources was tested (`fingerprint`).
+        order: the tests ran in the order of `pytest --order-seed`.
         failures: names of the tests that failed, or why the environment could not be had.
     """
 
@@ -128,6 +131,7 @@ class Row:
     failed: int = 0
     skipped: int = 0
     seconds: float = 0.0
+    order: int = 0
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -139,9 +143,9 @@ class Row:
         names = [f"{bold}{name}{bold}" for name in (self.torch, self.python, self.transformers)]
         if self.passed:
             counts = [f"{count:,}" for count in (self.passed, self.failed, self.skipped)]
-            counts.append(f"{self.seconds / 60:.0f}")
+            counts += [f"{self.seconds / 60:.0f}", str(self.order)]
         else:
-            counts = [f"not run: {self.failures[0]}", "", "", ""]
+            counts = [f"not run: {self.failures[0]}", "", "", "", ""]
         machine = f"{self.processor}, {self.cores} cores" if self.processor else ""
         cells = [*names, self.triton, self.numpy, self.tests, *counts, machine, self.date]
         return f"| {' | '.join(cells)} |\n"
@@ -185,12 +189,13 @@ class Environment:
     def version(self, name: str) -> str:
         return str(self.ask(f"__import__('importlib.metadata').metadata.version({name!r})"))
 
-    def test(self, tests: str, processes: int) -> tuple[int, int, int, list[str]]:
+    def test(self, tests: str, processes: int, order: int) -> tuple[int, int, int, list[str]]:
         """Run the core or all tests: passed, failed, skipped, the names of those that failed."""
         report = self.folder / "report.xml"
         report.unlink(missing_ok=True)
         command = [str(self.python), "-m", "pytest", "-q", "--durations=10", f"--junitxml={report}"]
         command += ["-p", "no:cacheprovider", "-n", str(processes)]
+        command += ["--order-seed", str(order)]
         subprocess.run(command + ["-m", "core"] * (tests == "core"), cwd=ROOT)
         return read_report(report)
 
@@ -267,7 +272,9 @@ def measure(wanted: Versions, environment: Environment, processes: int) -> Row:
     row.processor, row.cores = machine["processor"], machine["cores"]
     row.triton, row.numpy = environment.version("triton"), environment.version("numpy")
     start = time.perf_counter()
-    row.passed, row.failed, row.skipped, row.failures = environment.test(row.tests, processes)
+    row.order = random.randrange(1_000_000)
+    found = environment.test(row.tests, processes, row.order)
+    row.passed, row.failed, row.skipped, row.failures = found
     row.seconds = time.perf_counter() - start
     return row
 
@@ -356,7 +363,7 @@ def _is_fine_on_the_newest(environment: Environment, processes: int) -> bool:
     found = {name: environment.version(name) for name in ("torch", "transformers", *MODELS)}
     versions = ", ".join(f"{name} {version}" for name, version in found.items())
     print(f"Installed in {seconds:.0f} s: {versions}", flush=True)
-    passed, failed, _, names = environment.test("core", processes)
+    passed, failed, _, names = environment.test("core", processes, random.randrange(1_000_000))
     print(*names, sep="\n")
     seconds = time.perf_counter() - start
     print(f"newest: {passed} passed, {failed} failed, {seconds / 60:.0f} minutes", flush=True)

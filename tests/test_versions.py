@@ -187,7 +187,7 @@ def test_the_newest_is_left_out_only_where_it_says_so(tmp_path, monkeypatch, cap
         def version(self, name):
             return "1"
 
-        def test(self, tests, processes):
+        def test(self, tests, processes, order):
             return 5, len(failing), 0, list(failing)
 
         def remove(self):
