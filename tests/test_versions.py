@@ -3,12 +3,15 @@
 import argparse
 import itertools
 import math
+import random
 import re
 import subprocess
 import sys
 import tomllib
 import warnings
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -16,7 +19,7 @@ from packaging.requirements import Requirement
 from benchmarks import versions as script
 from mhc_compile import versions
 
-from .conftest import CORE, NOT_CORE, is_core
+from .conftest import CORE, NOT_CORE, is_core, some
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -79,6 +82,16 @@ def test_the_core_is_all_but_what_is_named():
     assert [name for name in (*CORE, *NOT_CORE) if not (tests / name).exists()] == []
     assert all(is_core(tests / name) for name in ("test_torch.py", "test_of_tomorrow.py", *CORE))
     assert not any(is_core(tests / name) for name in ("zoo/test_zoo.py", "kernels/test_cpu.py"))
+
+
+def test_of_each_test_some_cases_are_chosen():
+    names = [f"a.py::{test}[{case}]" for test in ("few", "many") for case in range(9)] + [
+        "b.py::one"
+    ]
+    items = [SimpleNamespace(nodeid=name) for name in random.sample(names, len(names))]
+    chosen = [item.nodeid.split("[")[0] for item in some(items, 4)]
+    assert Counter(chosen) == {"a.py::few": 3, "a.py::many": 3, "b.py::one": 1}
+    assert list(some(items, 1)) == items
 
 
 # -------------------------------------------------------------------------------- make versions
@@ -187,7 +200,7 @@ def test_the_newest_is_left_out_only_where_it_says_so(tmp_path, monkeypatch, cap
         def version(self, name):
             return "1"
 
-        def test(self, tests, processes, order):
+        def test(self, tests, processes, order, share=1):
             return 5, len(failing), 0, list(failing)
 
         def remove(self):
