@@ -87,6 +87,10 @@ def total(calls: dict[str, int]) -> int:
 # --- the report -----------------------------------------------------------------------------------
 
 
+FILES = 12
+"""How many files the page lists; `results/calls.json` has all of them."""
+
+
 def document(results: dict[str, Any]) -> str:
     where = results["machine"]
     lines = [
@@ -104,14 +108,18 @@ def document(results: dict[str, Any]) -> str:
             [[form, *(f"{total(counts[s]):,}" for s in stages)] for form, counts in forms.items()],
         )
         for form, counts in forms.items():
-            together = Counter(file for calls in counts.values() for file in calls)
-            files = sorted(together, key=lambda file: -counts["first forward"].get(file, 0))
-            lines += ["", f"By file, {form}:", ""]
+            most = Counter({f: max(c.get(f, 0) for c in counts.values()) for f in _files(counts)})
+            files = [file for file, _ in most.most_common(FILES)]
+            lines += ["", f"The {FILES} files with the most, {form}:", ""]
             lines += harness.table(
                 ["file", *stages],
                 [[file, *(f"{counts[s].get(file, 0):,}" for s in stages)] for file in files],
             )
     return "\n".join([*lines, ""])
+
+
+def _files(counts: Counts) -> set[str]:
+    return {file for calls in counts.values() for file in calls}
 
 
 def main(before: Path | None) -> None:
