@@ -281,18 +281,20 @@ def viewed_truth(m, x):
 
 
 def viewed_later_plain(m, x):
+    x = x + m.a(x)
     with no_grad():
-        x = x + m.a(x)
+        x = x + m.b(x)
     x = x.view(-1, WIDTH)
-    x = x + m.b(x)
-    return x + m.c(x)
+    x = x + m.c(x)
+    return x + m.d(x)
 
 
 def viewed_later_truth(m, x):
+    X = site(expand(x), m.mhc.a, m.a)
     with no_grad():
-        X = site(expand(x), m.mhc.a, m.a)
+        X = site(X, m.mhc.b, m.b)
     X = X.view(-1, N, WIDTH)
-    return site(site(X, m.mhc.b, m.b), m.mhc.c, m.c).mean(-2)
+    return site(site(X, m.mhc.c, m.c), m.mhc.d, m.d).mean(-2)
 
 
 def enabled_inside_plain(m, x):
@@ -330,7 +332,7 @@ CASES = {
     ),
     "a view of tokens": Case(viewed_plain, viewed_truth, "a.pre a.post a.res"),
     "a view of tokens behind a site": Case(
-        viewed_later_plain, viewed_later_truth, "a.pre a.post a.res"
+        viewed_later_plain, viewed_later_truth, "a.pre a.post a.res b.pre b.post b.res"
     ),
     "the variance of a norm": Case(variance_plain, variance_truth),
 }
