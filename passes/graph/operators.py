@@ -146,7 +146,7 @@ def _table() -> Iterator[tuple[Op, list[str]]]:
         hardshrink hardsigmoid hardswish hardtanh heaviside isfinite isinf isnan le=less_equal
         leaky_relu lerp log log10 log1p log2 logaddexp logical_and logical_not logical_or
         logical_xor logit logsigmoid lt=less masked_fill maximum minimum mish nan_to_num
-        ne=not_equal pow prelu reciprocal relu relu6 remainder=mod round rrelu rsqrt selu sgn
+        ne=not_equal pow reciprocal relu relu6 remainder=mod round rrelu rsqrt selu sgn
         sigmoid sign silu sin sinc sinh softplus softshrink softsign sqrt square tan tanh
         tanhshrink threshold trunc
         where xlogy lift_fresh_copy hook_enter hook_leave
@@ -157,6 +157,7 @@ def _table() -> Iterator[tuple[Op, list[str]]]:
     )
     yield from _ops(Kind.POINTWISE, "neg=negative positive=pos clone", linear=True)
     yield from _ops(Kind.POINTWISE, "rsub rdiv")
+    yield from _ops(Kind.POINTWISE, "prelu", channels=1)
     yield from _ops(Kind.POINTWISE, "contiguous detach identity", linear=True, shows=True)
     yield from _ops(Kind.POINTWISE, "alias")
     yield from _ops(

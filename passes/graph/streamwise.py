@@ -107,7 +107,7 @@ def apply_streamwise(node: fx.Node, operand: fx.Node, streams: Any, axis: int, n
         result = front * _substitute(node, operand, lay_as(node, ones))
     elif op.axes is not None:
         result = _moved(node, operand, front, n)
-    elif op.kind is Kind.NORM and not _norms_rows(node):
+    elif op.channels == 1 or (op.kind is Kind.NORM and not _norms_rows(node)):
         result = torch.stack([_substitute(node, operand, front[i]) for i in range(n)])
     else:
         result = _substitute(node, operand, front)
@@ -144,7 +144,7 @@ def _acts_on_rows(node: fx.Node, operand: fx.Node, axis: int) -> bool:
     kind = op_of(node).kind
     if kind is Kind.CAST:
         return True
-    if axis != -1 or kind not in (Kind.POINTWISE, Kind.NORM):
+    if axis != -1 or kind not in (Kind.POINTWISE, Kind.NORM) or op_of(node).channels == 1:
         return False
     if kind is Kind.NORM:
         return _norms_rows(node)
@@ -227,8 +227,8 @@ def _sizes(node: fx.Node, front: Any, *, first: int, names: tuple[str, ...]) -> 
 
 def _flattened(node: fx.Node, rank: int) -> tuple[int, int]:
     """The first and the last dimension that a flatten joins."""
-    dims = _dims(node)
-    start, end = ([*dims, *(0, -1)[len(dims) :]])[:2]
+    start, end = [*node.args[1:], *(0, -1)[len(node.args) - 1 :]]
+    start, end = node.kwargs.get("start_dim", start), node.kwargs.get("end_dim", end)
     return start % rank, end % rank
 
 

@@ -357,13 +357,19 @@ class Finder:
 
 
 def is_reduction_of(flow: DataFlow, node: fx.Node, state: fx.Node) -> bool:
-    """Whether a node is a scalar made from a state by pointwise operations and full reductions."""
+    """Whether a scalar says that any, or all, of a state is so: ``isinf(x).any()``.
+
+    Other reductions (a norm, a mean) have another value over all streams than over one.
+    """
     if len(shape_of(node)) or not isinstance(value_of(node), torch.Tensor):
         return False
     allowed = (Kind.POINTWISE, Kind.CAST, Kind.REDUCTION)
     region = flow.region(state, [node])
-    dependent = [n for n in region if flow.depends(n, state)]
-    return all(op_of(n).kind in allowed for n in dependent)
+    dependent = [op_of(n) for n in region if flow.depends(n, state)]
+    return all(
+        op.kind in allowed and (op.kind is not Kind.REDUCTION or op.name in ("any", "all"))
+        for op in dependent
+    )
 
 
 def is_add(node: fx.Node) -> bool:

@@ -70,11 +70,14 @@ def perturb(model: nn.Module) -> None:
 
 
 def perturbed(
-    plain: Callable[..., Any], dtype: torch.dtype = torch.float64, **options: Any
+    plain: Callable[..., Any],
+    dtype: torch.dtype = torch.float64,
+    x: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Program, Tensor]:
     """A transformed program whose mHC parameters are far from the start, and an input."""
     model = Program(plain).to(dtype)
-    x = stream().to(dtype).requires_grad_()
+    x = (stream() if x is None else x).to(dtype).requires_grad_()
     config = mhc_compile.Config(n=N, **options)
     mhc_compile.transform(model, config=config, example_inputs=(x.detach(),))
     perturb(model)

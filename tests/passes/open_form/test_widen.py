@@ -109,6 +109,10 @@ RESHAPED = {
         lambda x: torch.flatten(x, start_dim=0, end_dim=1),
         lambda x: x.unflatten(dim=0, sizes=(2, 3)),
     ),
+    "flatten to a dimension": (
+        lambda x: x.flatten(end_dim=1),
+        lambda x: x.unflatten(0, (2, 3)).flatten(start_dim=2),
+    ),
     "channels as well": (
         lambda x: x.reshape(2, 3, 1, WIDTH).flatten(2),
         lambda x: x.unflatten(-1, (1, WIDTH)).flatten(1, 2),
@@ -230,21 +234,73 @@ def test_a_branch_may_view_what_it_could_view_before() -> None:
     assert_moves(model, (x,))
 
 
-def test_a_reduction_over_the_stream_is_computed_over_all_streams() -> None:
+def test_whether_any_overflows_is_asked_of_all_streams() -> None:
     """One stream may overflow while the mean of the streams does not."""
 
     def plain(m, x):
         x = x + m.a(x)
-        limit = x.abs().max() * 0.5
+        limit = torch.where((x.abs() > 1).any(), 0.5, 9.0)
         x = torch.clamp(x, min=-limit, max=limit)
         return x + m.b(x)
 
     def truth(m, x):
         X = site(expand(x), m.mhc.a, m.a)
-        limit = X.abs().max() * 0.5
+        limit = torch.where((X.abs() > 1).any(), 0.5, 9.0)
         return site(torch.clamp(X, min=-limit, max=limit), m.mhc.b, m.b).mean(-2)
 
     model, x = perturbed(plain)
+    torch.testing.assert_close(model(x), truth(model, x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: x / x.norm(),
+        lambda x: x / x.std(),
+        lambda x: x / x.abs().max(),
+        lambda x: x * x.pow(2).mean().rsqrt(),
+        lambda x: x / (x * x).sum(),
+    ],
+    ids=["norm", "std", "max", "rms", "sum"],
+)
+def test_a_number_of_the_whole_stream_ends_the_chain(step: Callable[[Any], Any]) -> None:
+    """Over all streams it is another one."""
+
+    def plain(m, x):
+        x = x + m.a(x)
+        x = step(x + m.b(x))
+        x = x + m.c(x)
+        return x + m.d(x)
+
+    def truth(m, x):
+        x = step(site(site(expand(x), m.mhc.a, m.a), m.mhc.b, m.b).mean(-2))
+        return site(site(expand(x), m.mhc.c, m.c), m.mhc.d, m.d).mean(-2)
+
+    model, x = perturbed(plain)
+    torch.testing.assert_close(model(x), truth(model, x), rtol=1e-11, atol=1e-11)
+
+
+def prelu(m, x):
+    """One weight for each channel, which stand second: where the batch is as large, too."""
+    return F.prelu(x, m.scale)
+
+
+@pytest.mark.parametrize("batch", [2, WIDTH])
+def test_prelu_has_its_weights_in_the_second_axis(batch: int) -> None:
+    def plain(m, x):
+        x = prelu(m, x + m.a(x))
+        x = prelu(m, x + m.b(x))
+        return x + m.c(x)
+
+    def truth(m, x):
+        def each(X):
+            return torch.stack([prelu(m, X[:, i]) for i in range(N)], 1)
+
+        X = each(site(expand(x), m.mhc.a, m.a))
+        return site(each(site(X, m.mhc.b, m.b)), m.mhc.c, m.c).mean(-2)
+
+    model, x = perturbed(plain, x=stream(batch, WIDTH))
+    assert len(mhc_compile.explain(model, x).sites) == 3
     torch.testing.assert_close(model(x), truth(model, x), rtol=1e-11, atol=1e-11)
 
 
