@@ -110,6 +110,8 @@ class Fusion:
             reader = next((u for u in value.users if u not in members), None)
             if reader is not None and (node, index) not in returned:
                 return f"{reader} reads {value}, which would not be computed any more"
+            if any(_is_view(u) for u in value.users) and not _is_contiguous(value):
+                return f"{value} is viewed, and lies in another order than operators return"
             if value in self.arguments:
                 return f"{value} is a result of one of them and an argument of another"
         between = self._between()
@@ -182,6 +184,16 @@ class Fusion:
                 if index is not None:
                     member.graph.erase_node(value)
             member.graph.erase_node(member)
+
+
+def _is_view(node: fx.Node) -> bool:
+    return bool(getattr(node.target, "is_view", False))
+
+
+def _is_contiguous(node: fx.Node) -> bool:
+    """What is no tensor has no order."""
+    value = value_of(node)
+    return not isinstance(value, torch.Tensor) or value.is_contiguous()
 
 
 def items(node: fx.Node, index: int) -> list[fx.Node]:

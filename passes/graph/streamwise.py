@@ -27,7 +27,14 @@ from .operators import (
     value_of,
 )
 
-__all__ = ["apply_streamwise", "is_linear", "lay_as", "streamwise_operands", "transfer_axis"]
+__all__ = [
+    "apply_streamwise",
+    "is_linear",
+    "lay_as",
+    "move_tokens",
+    "streamwise_operands",
+    "transfer_axis",
+]
 
 
 def streamwise_operands(node: fx.Node) -> list[fx.Node]:
@@ -78,7 +85,9 @@ def transfer_axis(node: fx.Node, operand: fx.Node, axis: int) -> int | None:
     return axis
 
 
-def apply_streamwise(node: fx.Node, operand: fx.Node, streams: Any, axis: int, n: int) -> Any:
+def apply_streamwise(
+    node: fx.Node, operand: fx.Node, streams: Any, axis: int, n: int, width: int | None = None
+) -> Any:
     """Write a stream-wise operation on n streams into the graph.
 
     Args:
@@ -87,6 +96,7 @@ def apply_streamwise(node: fx.Node, operand: fx.Node, streams: Any, axis: int, n
         streams: the operand's streams ``[..., n, C]``.
         axis: position of the channel axis in the operand, from the right.
         n: number of streams.
+        width: how many channels there are; by default as many as the operand has.
 
     Returns:
         The result's streams ``[..., n, C]``.
@@ -94,7 +104,7 @@ def apply_streamwise(node: fx.Node, operand: fx.Node, streams: Any, axis: int, n
     if _acts_on_rows(node, operand, axis):
         return _substitute(node, operand, streams)
     if axis == -1 and op_of(node).axes is Axes.RESHAPE:
-        reshaped = _tokens_reshaped(node, operand, streams, n)
+        reshaped = _tokens_reshaped(node, operand, streams, n, width)
         if reshaped is not None:
             return reshaped
     front = to_front(streams, axis)
@@ -106,12 +116,19 @@ def apply_streamwise(node: fx.Node, operand: fx.Node, streams: Any, axis: int, n
         ones: Any = torch.ones_like(front[0], memory_format=torch.contiguous_format)
         result = front * _substitute(node, operand, lay_as(node, ones))
     elif op.axes is not None:
-        result = _moved(node, operand, front, n)
+        result = _moved(node, operand, front, n, new_axis, width)
     elif op.channels == 1 or (op.kind is Kind.NORM and not _norms_rows(node)):
         result = torch.stack([_substitute(node, operand, front[i]) for i in range(n)])
     else:
         result = _substitute(node, operand, front)
     return from_front(result, new_axis)
+
+
+def move_tokens(node: fx.Node, operand: fx.Node, values: Any, axis: int, n: int, width: int) -> Any:
+    """Numbers of each token, ``[..., n, width]``, where an operation takes the tokens."""
+    if op_of(node).axes is None:  # each token stays where it is
+        return values
+    return apply_streamwise(node, operand, values, axis, n, width)
 
 
 def lay_as(plain: fx.Node, tensor: Any) -> Any:
@@ -175,7 +192,9 @@ def _substitute(node: fx.Node, operand: fx.Node, value: Any) -> Any:
     return fx.Proxy(made, value.tracer)
 
 
-def _tokens_reshaped(node: fx.Node, operand: fx.Node, streams: Any, n: int) -> Any | None:
+def _tokens_reshaped(
+    node: fx.Node, operand: fx.Node, streams: Any, n: int, width: int | None
+) -> Any | None:
     """Tokens in another shape, streams and channels untouched; None if the channels take part."""
     name, last, channels = op_of(node).name, len(shape_of(operand)) - 1, shape_of(node)[-1]
     if name == "flatten":
@@ -188,11 +207,14 @@ def _tokens_reshaped(node: fx.Node, operand: fx.Node, streams: Any, n: int) -> A
     if not isinstance(channels, int):
         return None
     sizes = _sizes(node, streams, first=1, names=("shape", "size"))
-    return streams.reshape(*sizes[:-1], n, channels)
+    return streams.reshape(*sizes[:-1], n, width or channels)
 
 
-def _moved(node: fx.Node, operand: fx.Node, front: Any, n: int) -> Any:
+def _moved(
+    node: fx.Node, operand: fx.Node, front: Any, n: int, new_axis: int, width: int | None
+) -> Any:
     """A view of one stream as a view of the front layout."""
+    place = len(shape_of(node)) + new_axis
     op, rank = op_of(node), len(shape_of(operand))
     name = op.name
     if op.axes is Axes.PERMUTE:
@@ -208,8 +230,16 @@ def _moved(node: fx.Node, operand: fx.Node, front: Any, n: int) -> Any:
         return front.flatten(start + 1, end + 1)
     if name == "unflatten":
         dim = _dims(node)[0] % rank
-        return front.unflatten(dim + 1, _sizes(node, front, first=2, names=("sizes",)))
-    return front.reshape(n, *_sizes(node, front, first=1, names=("shape", "size")))
+        sizes = _sizes(node, front, first=2, names=("sizes",))
+        return front.unflatten(dim + 1, _resized(sizes, place - dim, width))
+    sizes = _sizes(node, front, first=1, names=("shape", "size"))
+    return front.reshape(n, *_resized(sizes, place, width))
+
+
+def _resized(sizes: list[Any], place: int, width: int | None) -> list[Any]:
+    """Sizes with another number of channels."""
+    known = width is not None and 0 <= place < len(sizes)
+    return [width if known and i == place else size for i, size in enumerate(sizes)]
 
 
 def _sizes(node: fx.Node, front: Any, *, first: int, names: tuple[str, ...]) -> Any:

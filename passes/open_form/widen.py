@@ -35,7 +35,7 @@ from ..graph.operators import (
     op_of,
     value_of,
 )
-from ..graph.streamwise import apply_streamwise, lay_as, transfer_axis
+from ..graph.streamwise import apply_streamwise, lay_as, move_tokens, transfer_axis
 from ..graph.writer import SITE_TAG, compute_value, marker, tracing
 from ..sites.find import is_reduction_of
 from ..sites.in_place import join_versions
@@ -223,12 +223,27 @@ class _Widener:
                 result = (streams + f.unsqueeze(-2)).to(dtype)
             else:
                 compute = _dtype(site.parameters[0])
-                _, H_post, H_res = map(self._proxy, self.opening[site][1])
+                H_post, H_res = self._where_the_skip_is(site)
                 result = reference.post_res(
                     H_res, H_post, streams, f, dtype=dtype, compute_dtype=compute
                 )
                 self._note_open(site, result.node)  # type: ignore[attr-defined]
         self._set_streams(site.node, result, site, site.channel)
+
+    def _where_the_skip_is(self, site: Site) -> tuple[Any, Any]:
+        """H_post and H_res, a token's where z has that token: a skip may move tokens on its way."""
+        _, H_post, H_res = map(self._proxy, self.opening[site][1])
+        if not site.skip_path:
+            return H_post, H_res
+        column, axis, n = H_post.unsqueeze(-1), site.channel_in, self.options.n
+        for node in reversed(site.skip_path):
+            operand = self.steps[node]
+            H_res = move_tokens(node, operand, H_res, axis, n, n)
+            column = move_tokens(node, operand, column, axis, n, 1)
+            new_axis = transfer_axis(node, operand, axis)
+            assert new_axis is not None
+            axis = new_axis
+        return column.squeeze(-1), H_res
 
     def _note_open(self, site: Site, end: fx.Node) -> None:
         flat, H, h = self.opening[site]

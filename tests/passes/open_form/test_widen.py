@@ -7,13 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
+from torch import Tensor
 
 import mhc_compile
 from tests.checks import assert_moves
 
 from ..graphs import WIDTH, Program, stream
-from ..recurrence import N, expand, leaves, norm, perturb, perturbed, site
+from ..recurrence import (
+    HOW,
+    N,
+    assert_is_truth,
+    call,
+    connect,
+    expand,
+    leaves,
+    norm,
+    perturb,
+    perturbed,
+    site,
+)
 
 
 def plain_pre(m, x):
@@ -278,6 +292,59 @@ def test_a_number_of_the_whole_stream_ends_the_chain(step: Callable[[Any], Any])
 
     model, x = perturbed(plain)
     torch.testing.assert_close(model(x), truth(model, x), rtol=1e-11, atol=1e-11)
+
+
+def swap(t: Tensor) -> Tensor:
+    return t.transpose(0, 1)
+
+
+SKIPS: dict[str, tuple[Callable[..., Tensor], ...]] = {
+    # a layer; where its skip takes the tokens, what the branch makes of h, and the way back
+    "there twice": (lambda f, x: swap(x) + f(swap(x)), swap, lambda f, h: f(swap(h)), swap),
+    "there and back": (lambda f, x: swap(x) + swap(f(x)), swap, lambda f, h: swap(f(h)), swap),
+    "moved": (
+        lambda f, x: x.movedim(0, 1).permute(0, 1, 2) + f(x.movedim(0, 1)),
+        *(swap, lambda f, h: f(swap(h)), swap),
+    ),
+    "flattened": (
+        lambda f, x: x.reshape(-1, WIDTH) + f(x).view(-1, WIDTH),
+        *(lambda t: t.flatten(0, 1), lambda f, h: f(h).flatten(0, 1)),
+        lambda t: t.unflatten(0, (3, -1)),
+    ),
+    "a new axis": (
+        lambda f, x: x.unsqueeze(1) + f(x).unsqueeze(1),
+        *(lambda t: t.unsqueeze(1), lambda f, h: f(h).unsqueeze(1), lambda t: t.squeeze(1)),
+    ),
+}
+
+
+@torch._functorch.config.patch(donated_buffer=False)  # backward runs twice
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("samples", [3, 2])
+@pytest.mark.parametrize("name", SKIPS)
+def test_a_skip_that_moves_tokens_takes_their_coefficients_along(
+    name: str, samples: int, how: str
+) -> None:
+    """With as many samples as positions those of other tokens would fit as well."""
+    layer, there, branch, back = SKIPS[name]
+
+    def plain(m, x):
+        for f in (m.a, m.b, m.c):
+            x = back(layer(f, x))
+        return x
+
+    def truth(m, x):
+        X = expand(x)
+        for f, p in ((m.a, m.mhc.a), (m.b, m.mhc.b), (m.c, m.mhc.c)):
+            pre, post, res = connect(X, p)
+            y = branch(f, torch.einsum("...n,...nc->...c", pre, X))
+            X = torch.einsum("...ij,...jc->...ic", there(res), there(X))
+            X = back(X + there(post)[..., None] * y[..., None, :])
+        return X.mean(-2)
+
+    model, x = perturbed(plain, x=stream(3, samples, WIDTH))
+    actual, expected = leaves(call(model, how)(x)), leaves(truth(model, x))
+    assert_is_truth(actual, expected, leaves(plain(model, x)), [x, *model.parameters()])
 
 
 def prelu(m, x):
