@@ -531,6 +531,22 @@ def test_nothing_outlives_a_model(through, inductor):
     assert [ref() for ref in left if ref() is not None] == []
 
 
+def _torch_keeps_a_class() -> bool:
+    """Without this package: torch 2.14 does on Python 3.12."""
+
+    class Plain(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    torch.compile(Plain(2, 2), backend="eager")(torch.zeros(2, 2))
+    kept = weakref.ref(Plain)
+    del Plain
+    torch._dynamo.reset()
+    for _ in range(3):
+        gc.collect()
+    return kept() is not None
+
+
 @pytest.mark.parametrize("called", [True, False], ids=["called", "waiting"])
 def test_nothing_outlives_a_class(called):
     """A notebook defines its classes again and again."""
@@ -544,6 +560,8 @@ def test_nothing_outlives_a_class(called):
     left = [weakref.ref(Other), weakref.ref(type(model))]
     assert left[0]() is not left[1]()
     del model, Other
+    if called and _torch_keeps_a_class():
+        pytest.skip("this torch keeps the classes that it has compiled, on this Python")
     torch._dynamo.reset()
     for _ in range(3):
         gc.collect()

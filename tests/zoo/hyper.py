@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
@@ -30,6 +31,7 @@ def perturbed(model: nn.Module, sigma: float = 0.5) -> nn.Module:
 
 def deepseek_v4(layers: int = 3, hidden: int = WIDTH, **options: Any) -> nn.Module:
     """Latent attention, experts chosen by hashes of the tokens, two connections a layer."""
+    pytest.importorskip("transformers.models.deepseek_v4")
     config = hf.DeepseekV4Config(
         vocab_size=VOCAB,
         hidden_size=hidden,
@@ -72,6 +74,7 @@ _LATENT = {
 
 def hy_v4(layers: int = 2) -> nn.Module:
     """Connections without H_res."""
+    pytest.importorskip("transformers.models.hy_v4")
     from transformers.models.hy_v4.modeling_hy_v4 import HYV4Config, HYV4ForCausalLM
 
     config = HYV4Config(
@@ -89,6 +92,7 @@ def hy_v4(layers: int = 2) -> nn.Module:
 
 def glm5_next(layers: int = 1) -> nn.Module:
     """Linear attention, the connections of DeepSeek-V4, an unweighted mean at the end."""
+    pytest.importorskip("transformers.models.glm5_next")
     from transformers.models.glm5_next.modeling_glm5_next import (
         Glm5NextTextConfig,
         Glm5NextTextModel,
@@ -110,6 +114,7 @@ def glm5_next(layers: int = 1) -> nn.Module:
 
 def qwen4_exp(layers: int = 1) -> nn.Module:
     """Connections of another kind: a gate for each channel, streams normalised one by one."""
+    pytest.importorskip("transformers.models.qwen4_exp")
     from transformers.models.qwen4_exp.modeling_qwen4_exp import (
         Qwen4ExpForCausalLM,
         Qwen4ExpTextConfig,

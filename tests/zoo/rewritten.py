@@ -33,7 +33,10 @@ from tests.checks import Run, connections, loss_of, perturb, tensors
 _FLOATS = torch._dynamo.config.patch(specialize_float=True)
 """Else a dynamic graph reads floats from tensors, which only Dynamo's tracing knows."""
 
-_STAY_FLOATS = patch.object(_tensorify_python_scalars, "_is_tensorify_enabled", lambda: False)
+# Not in torch 2.12 and older.
+_STAY_FLOATS = patch.object(
+    _tensorify_python_scalars, "_is_tensorify_enabled", lambda: False, create=True
+)
 """Else AOTAutograd may ask Dynamo to start anew, which is over.
 
 Not by the variable TENSORIFY_PYTHON_SCALARS, which is read once in a process: who asks first while
