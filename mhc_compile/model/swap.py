@@ -34,7 +34,7 @@ from torch import fx, nn
 
 from .. import _torch
 from ..errors import MhcError, NotCapturedError, UnsupportedError
-from . import adapters, callbacks
+from . import adapters, callbacks, children
 from .backward_hooks import traced_backward_hooks
 from .connection import refuse_other_state
 from .declare import Spec, declare
@@ -173,6 +173,7 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "_mhc_original": original,
+        "__init__": _new_as(original, lambda: swapped),
         # From the start: transformers wraps the forward of a subclass when it is made.
         "forward": _declaring_forward(original, lambda: swapped),
         _torch.COMPILED_CALL: _checked_call,
@@ -184,10 +185,32 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
     }
     if issubclass(original, fx.GraphModule):
         namespace |= {"recompile": _recompile, "__deepcopy__": _deepcopy_graph_module}
+    namespace |= children.overrides(original, lambda: swapped)
     namespace |= adapters.overrides(original)
     metaclass: Any = type(original)
-    swapped: type[nn.Module] = metaclass(original.__name__, (original,), namespace)
+    try:
+        swapped: type[nn.Module] = metaclass(original.__name__, (original,), namespace)
+    except Exception as error:
+        raise UnsupportedError(
+            f"{original.__module__}.{original.__qualname__} does not allow a subclass without more "
+            f"({type(error).__name__}: {error}), and the class of a transformed module is one. "
+            "Give what its __init_subclass__ or metaclass asks for a default."
+        ) from error
     return swapped
+
+
+def _new_as(
+    original: type[nn.Module], swapped: Callable[[], type[nn.Module]]
+) -> Callable[..., None]:
+    """``type(model)(config)`` makes a plain module: what declares sites is on another one."""
+
+    @functools.wraps(original.__init__)
+    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if type(self) is swapped():
+            self.__class__ = original
+        original.__init__(self, *args, **kwargs)
+
+    return init
 
 
 def _declaring_forward(
@@ -464,8 +487,9 @@ def _why_not_captured(module: nn.Module, call: _Call) -> str:
     if raised:
         cause = (
             f"While it was captured, the forward of {type(root).__name__} or of a module in it "
-            f"raised {raised[0]}. If that is not meant, the plain model raises it with the same "
-            "inputs: mhc_compile.revert(copy.deepcopy(model))."
+            f"raised {raised[0]}. See whether the plain model does so with the same inputs: "
+            "mhc_compile.revert(copy.deepcopy(model)). If it does not, some code asks for the exact "
+            "class (type(self) is ...), which transform has made a subclass: ask isinstance."
         )
     elif _torch.stance() != "default":
         cause = (

@@ -257,9 +257,10 @@ def _sizes(node: fx.Node, front: Any, *, first: int, names: tuple[str, ...]) -> 
 
 def _flattened(node: fx.Node, rank: int) -> tuple[int, int]:
     """The first and the last dimension that a flatten joins."""
-    start, end = [*node.args[1:], *(0, -1)[len(node.args) - 1 :]]
-    start, end = node.kwargs.get("start_dim", start), node.kwargs.get("end_dim", end)
-    return start % rank, end % rank
+    names = ("start_dim", "end_dim")
+    given: Any = dict(zip(names, (0, -1), strict=True))
+    given |= dict(zip(names, node.args[1:], strict=False)) | node.kwargs
+    return given["start_dim"] % rank, given["end_dim"] % rank
 
 
 def _dims(node: fx.Node) -> list[int]:

@@ -80,7 +80,8 @@ def _check_parameters(declared: Sequence[Any], inputs: Sequence[Any]) -> None:
     if not all(map(_torch.is_known_to_ddp, declared)):
         raise UnsupportedError(DDP_COMES_LAST)
     others = any(isinstance(v, nn.Parameter) and v.requires_grad for v in inputs)
-    if torch.is_grad_enabled() and others and not any(p.requires_grad for p in declared):
+    frozen = declared and not any(p.requires_grad for p in declared)
+    if torch.is_grad_enabled() and others and frozen:
         warnings.warn(
             "All mHC parameters of this model are frozen (requires_grad is False) while others are "
             "trained: its streams stay as they are. To train them, call p.requires_grad_() for p "
