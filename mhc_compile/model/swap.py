@@ -488,7 +488,7 @@ def _why_not_captured(module: nn.Module, call: _Call) -> str:
         cause = (
             f"While it was captured, the forward of {type(root).__name__} or of a module in it "
             f"raised {raised[0]}. See whether the plain model does so with the same inputs: "
-            "mhc_compile.revert(copy.deepcopy(model)). If it does not, some code asks for the exact "
+            "mhc_compile.revert(copy.deepcopy(model)). If it does not, code asks for the exact "
             "class (type(self) is ...), which transform has made a subclass: ask isinstance."
         )
     elif _torch.stance() != "default":
