@@ -605,6 +605,8 @@ def inference_truth(m, x):
 
 @pytest.mark.parametrize("how", HOW)
 def test_a_branch_in_inference_mode(how: str) -> None:
+    if how == "partitioned" and torch.__version__ < "2.12":
+        pytest.skip("AOTAutograd of torch 2.11 fails on inference mode, and stays in it")
     model, x = perturbed(inference_plain)
     function = call(model, how)
     with no_grad():
