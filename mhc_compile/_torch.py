@@ -66,6 +66,7 @@ __all__ = [
     "dynamo_settings",
     "exceptions_met",
     "first_paragraph",
+    "forget_graphs",
     "graph_breaks",
     "graph_passes",
     "hooks_for_all_modules",
@@ -157,6 +158,15 @@ def own_cache() -> dict[str, Any]:
     known = inspect.signature(torch.compile).parameters
     wanted = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
     return {k: v for k, v in wanted.items() if k in known}
+
+
+def forget_graphs() -> None:
+    """What ``nn.Module.compile`` captured before must not be met by what it captures anew.
+
+    Before torch 2.13 it has no cache of its own, and all graphs of the process are forgotten.
+    """
+    if not own_cache():
+        torch._dynamo.reset()
 
 
 @contextmanager

@@ -240,6 +240,15 @@ class Doubler(nn.Module):
         return 2 * x
 
 
+def test_forget_graphs(own, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: forgotten.append(True))
+    own.forget_graphs()
+    assert bool(forgotten) is (
+        "isolate_recompiles" not in inspect.signature(torch.compile).parameters
+    )
+
+
 def test_compile_dynamo(own):
     """More shapes than Dynamo's own limit, for each of two instances: one graph per shape."""
     for _ in range(2):

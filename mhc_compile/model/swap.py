@@ -452,6 +452,7 @@ def _compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
     def call(*call_args: Any, **call_kwargs: Any) -> Any:
         _require_own_forward(type(self))
         if forwards.changed():
+            _torch.forget_graphs()
             self.compile(*args, **kwargs)
             return self.__dict__[_torch.COMPILED_CALL](*call_args, **call_kwargs)
         if _torch.is_functorch_active():

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
 from mhc_compile import _torch
+from mhc_compile.errors import ChainBrokenError
 from mhc_compile.model import backward_hooks, hooks
 from tests import checks
 from tests.test_ownership import CALLS, CHANGEABLE, EXACT, WIDTH, Block, Root, branches, tokens
@@ -560,11 +561,14 @@ def test_a_hook_may_require_gradients_where_none_are_recorded(place, frozen, cal
     for m in (plain, model):
         m.first.requires_grad_(not frozen)
         m.get_submodule(place).register_forward_hook(is_recorded)
-    checks.assert_transformed(plain, model, (tokens(),), called=call)
-    expected = recurrence(model, model.first(tokens())).detach()
-    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
-        with mode():
-            assert checks.error(call(tokens()), expected) < EXACT
+    try:
+        checks.assert_transformed(plain, model, (tokens(),), called=call)
+        expected = recurrence(model, model.first(tokens())).detach()
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                assert checks.error(call(tokens()), expected) < EXACT
+    except ChainBrokenError as error:  # older Dynamos do not trace such a hook
+        assert torch.__version__ < "2.13" and "requires_grad_() call" in str(error)
 
 
 # --- names ----------------------------------------------------------------------------------------
