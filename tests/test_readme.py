@@ -339,6 +339,9 @@ PROMISES: dict[str, tuple[str, ...]] = {
         f"{_DDP}::test_compiling_around_ddp_is_refused_in_words",
         f"{_DDP}::test_compiling_inside_ddp_is_whole",
     ),
+    "A transformed module has a subclass of its class": (
+        "tests/model/test_children.py::test_code_that_asks_for_the_exact_class_takes_another_way",
+    ),
     "- Owners of sites cannot be called by themselves": (
         f"{_ERRORS}::test_an_owner_called_by_itself_is_only_a_part_of_a_chain",
         f"{_HF}::test_a_layer_called_by_itself_raises",

@@ -144,6 +144,14 @@ def test_the_class_of_a_model_makes_plain_ones() -> None:
     assert_moves(model, (x,))
 
 
+def test_code_that_asks_for_the_exact_class_takes_another_way() -> None:
+    x, model = torch.randn(3, WIDTH), Children()
+    mhc_compile.transform(model, n=3, example_inputs=(x,))
+    assert isinstance(model, Children) and type(model) is not Children
+    assert type(model).__name__ == "Children"
+    assert_moves(model, (x,))
+
+
 def test_a_class_that_cannot_have_a_subclass_is_refused() -> None:
     class Keyed(Decay):
         def __init_subclass__(cls, *, key: str) -> None:
