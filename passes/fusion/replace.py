@@ -110,7 +110,7 @@ class Fusion:
             reader = next((u for u in value.users if u not in members), None)
             if reader is not None and (node, index) not in returned:
                 return f"{reader} reads {value}, which would not be computed any more"
-            if any(_is_view(u) for u in value.users) and not _is_contiguous(value):
+            if node.target is _ADD and _is_viewed(value) and not _is_contiguous(value):
                 return f"{value} is viewed, and lies in another order than operators return"
             if value in self.arguments:
                 return f"{value} is a result of one of them and an argument of another"
@@ -186,8 +186,8 @@ class Fusion:
             member.graph.erase_node(member)
 
 
-def _is_view(node: fx.Node) -> bool:
-    return bool(getattr(node.target, "is_view", False))
+def _is_viewed(node: fx.Node) -> bool:
+    return any(getattr(user.target, "is_view", False) for user in node.users)
 
 
 def _is_contiguous(node: fx.Node) -> bool:
