@@ -21,8 +21,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch._functorch.config
-import torch._inductor.config
 
 import mhc_compile
 from benchmarks import harness
@@ -73,10 +71,7 @@ def alone(form: str) -> Counts:
     """As `measure`, the same in every process: with operators built and loaded, and no graphs."""
     torch.set_num_threads(1)
     measure(FORMS[0], layers=1)
-    with (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
+    with torch.compiler.config.patch(force_disable_caches=True):
         return measure(form)
 
 

@@ -76,8 +76,8 @@ installed by pip without constraints. Every two versions of two of the three mee
 the whole suite; "core" is every test of `pytest -m core` (all but the zoo, the fuzz, most tests of
 kernels and what no version changes) with a quarter of its cases, drawn anew for each row. Bold are
 the versions of constraints.txt, with which `make test` runs.
-Each row ran in a random order, that of `pytest --order-seed` (0: that of the files). A pair of
-versions that is in no row has not been run yet.
+Each row ran in a random order, that of `pytest --order-seed`. A pair of versions that is in no row
+has not been run with these sources.
 
 | torch | Python | transformers | triton | numpy | tests | passed | failed | skipped | minutes \
 | order | machine | date |

@@ -110,7 +110,7 @@ class Fusion:
             reader = next((u for u in value.users if u not in members), None)
             if reader is not None and (node, index) not in returned:
                 return f"{reader} reads {value}, which would not be computed any more"
-            if node.target is _ADD and _is_viewed(value) and not _is_contiguous(value):
+            if node.target is _ADD and _is_viewed_out_of_order(node):
                 return f"{value} is viewed, and lies in another order than operators return"
             if value in self.arguments:
                 return f"{value} is a result of one of them and an argument of another"
@@ -186,14 +186,11 @@ class Fusion:
             member.graph.erase_node(member)
 
 
-def _is_viewed(node: fx.Node) -> bool:
-    return any(getattr(user.target, "is_view", False) for user in node.users)
-
-
-def _is_contiguous(node: fx.Node) -> bool:
-    """What is no tensor has no order."""
-    value = value_of(node)
-    return not isinstance(value, torch.Tensor) or value.is_contiguous()
+def _is_viewed_out_of_order(total: fx.Node) -> bool:
+    """Whether views fit strides of a sum that the contiguous result of an operator has not."""
+    value: Any = value_of(total)
+    viewed = any(getattr(user.target, "is_view", False) for user in total.users)
+    return viewed and not value.is_contiguous()
 
 
 def items(node: fx.Node, index: int) -> list[fx.Node]:

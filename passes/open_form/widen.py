@@ -233,7 +233,7 @@ class _Widener:
     def _where_the_skip_is(self, site: Site) -> tuple[Any, Any]:
         """H_post and H_res, a token's where z has that token: a skip may move tokens on its way."""
         _, H_post, H_res = map(self._proxy, self.opening[site][1])
-        if not site.skip_path:
+        if not any(op_of(node).axes for node in site.skip_path):
             return H_post, H_res
         column, axis, n = H_post.unsqueeze(-1), site.channel_in, self.options.n
         for node in reversed(site.skip_path):
