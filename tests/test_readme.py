@@ -339,6 +339,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
         f"{_DDP}::test_compiling_around_ddp_is_refused_in_words",
         f"{_DDP}::test_compiling_inside_ddp_is_whole",
     ),
+    "On 2 cores of an Intel Xeon": ("make speed",),
     "A transformed module has a subclass of its class": (
         "tests/model/test_children.py::test_code_that_asks_for_the_exact_class_takes_another_way",
     ),
