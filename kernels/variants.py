@@ -14,7 +14,7 @@ KromHC arXiv:2601.21579, and the `deepseek_v4` model of Hugging Face transformer
 
 import functools
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from .residuals import RESIDUALS, Residual
@@ -157,13 +157,14 @@ def _named(name: str) -> Variant:
 
 def _flat(variant: Variant) -> dict[str, Any]:
     """Every field but the name, those of the gates as `pre.scale`."""
-    fields: dict[str, Any] = {}
-    for name, value in asdict(variant).items():
-        if isinstance(value, dict):
-            fields.update({f"{name}.{part}": v for part, v in value.items()})
-        elif name != "name":
-            fields[name] = value
-    return fields
+    flat: dict[str, Any] = {}
+    for field in fields(variant):
+        value = getattr(variant, field.name)
+        if isinstance(value, Gate):
+            flat.update({f"{field.name}.{g.name}": getattr(value, g.name) for g in fields(value)})
+        elif field.name != "name":
+            flat[field.name] = value
+    return flat
 
 
 def _changed(variant: Variant, name: str, value: str) -> Variant:

@@ -177,10 +177,12 @@ def dynamo_settings() -> Iterator[None]:
     the streams, before a backend sees it; Inductor's ``freezing`` would make constants of the
     parameters that ``declare`` hands to the backend. Guards on empty dictionaries of hooks, which
     Dynamo leaves out by default, let a hook count that was registered after the first call.
+    ``nn.LSTM`` and its kin are captured; by default Dynamo breaks the graph at each.
     """
     dynamo = torch._dynamo.config.patch(
         optimize_ddp=False,
         skip_nnmodule_hook_guards=False,
+        allow_rnn=True,
         recompile_limit=RECOMPILE_LIMIT,
         accumulated_recompile_limit=4 * RECOMPILE_LIMIT,
     )
@@ -262,6 +264,12 @@ def break_in_words(error: BaseException) -> str:
     return f"{where} ({what.strip().rstrip('.')}{'; ' if why else ''}{why.strip().rstrip('.')})"
 
 
+_RECURRENT = (
+    ": torch._dynamo.config.allow_rnn = True lets it through; model.compile(backend='mhc') and "
+    "calls without torch.compile set it"
+)
+
+
 def graph_breaks() -> int:
     """How many times Dynamo has broken a graph since it was last reset."""
     counters = torch._dynamo.utils.counters
@@ -320,7 +328,8 @@ def copy_break_reason(gm: fx.GraphModule, new: fx.GraphModule) -> None:
 def _in_words(reason: Any) -> str:
     frame = reason.user_stack[-1] if reason.user_stack else None
     where = f"{frame.filename}:{frame.lineno}" if frame is not None else "an unknown place"
-    return f"{where} ({str(reason.reason).splitlines()[0]})"
+    why = str(reason.reason).splitlines()[0]
+    return f"{where} ({why}{_RECURRENT if 'wrap RNN' in why else ''})"
 
 
 def require_constant_floats(gm: fx.GraphModule) -> None:

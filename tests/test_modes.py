@@ -242,6 +242,45 @@ def test_the_fused_path_of_torch_layers_does_not_hide_the_adds(norm_first, froze
     assert relative(model(x), plain(x)) < EXACT
 
 
+class Recurrent(nn.Module):
+    """Dynamo's own setting leaves such layers out of the graph, and the adds beside them."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.norm, self.rnn = nn.LayerNorm(WIDTH), kind(WIDTH, WIDTH, batch_first=True)
+        self.norm2, self.f = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.rnn(self.norm(x))[0]
+        return x + self.f(self.norm2(x))
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_recurrent_layers_are_branches(kind, layers):
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    plain = nn.Sequential(nn.Linear(WIDTH, WIDTH), *(Recurrent(kind) for _ in range(layers)))
+    plain = plain.double()
+    model = mhc_compile.transform(copy.deepcopy(plain), example_inputs=(x,))
+    assert len(names(model)) == 2 * layers
+    assert_preserved(plain, model, x)
+    truth = output(model, x)
+    model.compile(backend="mhc")
+    assert relative(output(model, x), truth) < EXACT
+
+
+def test_torch_compile_says_what_lets_recurrent_layers_through():
+    x = torch.randn(2, 5, WIDTH)
+    model = mhc_compile.transform(nn.Sequential(Recurrent(nn.GRU)), example_inputs=(x,))
+    with pytest.raises(Exception, match=r"allow_rnn = True.*model\.compile\(backend='mhc'\)"):
+        torch.compile(model, backend="mhc")(x)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        with pytest.raises(Exception, match=r"on which Dynamo gave up.*torch\._dynamo\.reset"):
+            torch.compile(model, backend="mhc")(x)
+        torch._dynamo.reset()
+        assert relative(torch.compile(model, backend="mhc")(x), model(x)) < 1e-5
+
+
 class Checkpointed(GPT):
     """Keeps the inputs of its blocks and computes them again."""
 

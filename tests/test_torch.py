@@ -270,11 +270,12 @@ def test_dynamo_settings(own):
     def current() -> tuple[Any, ...]:
         dynamo = torch._dynamo.config
         limits = (dynamo.recompile_limit, dynamo.accumulated_recompile_limit)
-        return (dynamo.optimize_ddp, *limits, torch._inductor.config.freezing)
+        others = (dynamo.allow_rnn, torch._inductor.config.freezing)
+        return (dynamo.optimize_ddp, *limits, *others)
 
     before = current()
     with own.dynamo_settings(), torch._inductor.config.patch(freezing=False):
-        assert current() == (False, own.RECOMPILE_LIMIT, 4 * own.RECOMPILE_LIMIT, False)
+        assert current() == (False, own.RECOMPILE_LIMIT, 4 * own.RECOMPILE_LIMIT, True, False)
     assert current() == before
 
 

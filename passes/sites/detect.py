@@ -187,14 +187,21 @@ def _refuse_undeclared(
     as_new = _look(graph, replace(context, declarations=None, homes=frozenset()))
     accepted = {site.node for site in as_new.sites}
     if new := [places[node] for node in on_streams if node in accepted]:
-        raise ChainBrokenError(_foreign(new))
+        raise ChainBrokenError(_foreign(new, context.broken_at))
 
 
-def _foreign(adds: Sequence[Place]) -> str:
+def _foreign(adds: Sequence[Place], broken: str | None) -> str:
     named = ", ".join([f"'{a.name}' ({a.location})" for a in adds[:4]])
+    cause = (
+        f"The capture was broken at {broken}, and the modules that own them are not seen whole: "
+        "remove that graph break."
+        if broken
+        else "A submodule was exchanged or added since, its forward was replaced, or this call "
+        "takes another path: call mhc_compile.revert and transform again, with example inputs that "
+        "take it. Or a graph break was removed since an earlier call, on which Dynamo gave up for "
+        "good: call torch._dynamo.reset()."
+    )
     return (
         f"Residual adds among those of this model were no sites when it was transformed, and "
-        f"would be plain: {named}. A submodule was exchanged or added since, its forward was "
-        "replaced, or this call takes another path: call mhc_compile.revert and transform "
-        "again, with example inputs that take it."
+        f"would be plain: {named}. {cause}"
     )
