@@ -60,3 +60,6 @@ WITH_CHANNELS = frozenset({"X", "partial", "f", "dh"})
 
 OF_THE_SITE = frozenset(Parameters._fields)
 """Which of them are the same for all tokens."""
+
+OF_THE_TOKENS = frozenset({"y", "inv_r", "H_pre", "H_post", "H_res", "dH_pre", "dH_post", "dH_res"})
+"""Which of them are numbers of each token."""

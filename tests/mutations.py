@@ -823,6 +823,18 @@ MUTATIONS += [
         *("", "return 0"),
     ),
     _breaks(
+        *("sites.declared", "a declaration is left", "collect"),
+        *("gm.graph.erase_node(node)", "None"),
+    ),
+    _breaks(
+        *("sites.detect", "nothing is said of adds that are no sites", "_look"),
+        *("_rejected(finder, places)", "[]"),
+    ),
+    _breaks(
+        *("fusion.fuse_open", "the input of a branch stays open", "_fuse_site"),
+        *("open_site.h in there", "False"),
+    ),
+    _breaks(
         *("sites.find", "a rejected sum stays a site", "Finder.forget"),
         *("self.found.pop(node)", "self.found[node]"),
     ),

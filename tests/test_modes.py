@@ -272,6 +272,7 @@ def test_recurrent_layers_are_branches(kind, layers):
 def test_torch_compile_says_what_lets_recurrent_layers_through():
     x = torch.randn(2, 5, WIDTH)
     model = mhc_compile.transform(nn.Sequential(Recurrent(nn.GRU)), example_inputs=(x,))
+    checks.assert_moves(model, (x,))
     with pytest.raises(Exception, match=r"allow_rnn = True.*model\.compile\(backend='mhc'\)"):
         torch.compile(model, backend="mhc")(x)
     with torch._dynamo.config.patch(allow_rnn=True):

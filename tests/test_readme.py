@@ -21,6 +21,8 @@ import torch
 
 import mhc_compile
 from mhc_compile import _torch
+from mhc_compile.passes import pipeline
+from mhc_compile.passes.runner import Tier
 from tests import checks
 from tests.zoo.rewritten import partition
 
@@ -409,3 +411,15 @@ def test_every_command_of_readme_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     named = set(re.findall(r"`?make ([a-z][a-z-]*)", README))
     assert named and all(re.search(rf"^{name}:", makefile, re.MULTILINE) for name in named)
+
+
+def test_every_pass_is_named() -> None:
+    """In the list of docs/how_it_works.md all, in the row `disabled` those that may be left out."""
+    text = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\d+\. \*\*(\w+)\*\*", text, re.MULTILINE)
+    in_graph = [step.name for step in pipeline.EVERY if step not in pipeline.PARTITIONED]
+    assert listed == in_graph
+    assert all(f"`{step.name}`" in text or f"**{step.name}**" in text for step in pipeline.EVERY)
+    (row,) = (line for line in README.splitlines() if line.startswith("| `disabled`"))
+    optional = [step.name for step in pipeline.EVERY if step.tier is Tier.OPTIMISATION]
+    assert re.findall(r"`(\w+)`", row.split("|")[3]) == optional

@@ -11,14 +11,14 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_origin
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from ..backends import planned
-from ..operands import OF_THE_SITE, WITH_CHANNELS
+from ..operands import OF_THE_SITE, OF_THE_TOKENS, WITH_CHANNELS
 
 
 def operator(
@@ -38,7 +38,10 @@ def operator(
     """
 
     def register(function: Callable[..., Any]) -> Any:
-        names = list(inspect.signature(function).parameters)
+        signature = inspect.signature(function)
+        names = list(signature.parameters)
+        if like and get_origin(signature.return_annotation) is not tuple:
+            raise TypeError(f"{function.__name__} must return a tuple of gradients, of one as well")
         places = [names.index(name) for name in like.split()]
 
         @functools.wraps(function)
@@ -90,9 +93,12 @@ class Call:
         """Operands as kernels take them; their names say of what kind they are: see `operands`."""
         found, count = [], len(self.leading)
         for name, t in zip(names, tensors, strict=True):
-            if name not in OF_THE_SITE:
+            if name in WITH_CHANNELS:
+                t = t.reshape(self.tokens, *t.shape[count:]).to(self.dtype)
+            elif name in OF_THE_TOKENS:
                 t = t.reshape(self.tokens, *t.shape[count:])
-                t = t.to(self.dtype) if name in WITH_CHANNELS else t
+            elif name not in OF_THE_SITE:
+                raise ValueError(f"kernels.operands does not say what {name!r} is")
             found.append(t.contiguous())
         return found
 

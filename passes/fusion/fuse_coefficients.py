@@ -76,9 +76,13 @@ def fuse_coefficients(gm: fx.GraphModule, context: Context) -> PassResult:
 
 def every_site_is_fused(gm: fx.GraphModule, context: Context) -> list[str]:
     """What ``widen`` wrote is operators now, or there is a reason."""
-    nodes = set(gm.graph.nodes)
+    nodes, left = set(gm.graph.nodes), {s.site.name for s in context.left_open}
     open_sites = [s for s in context.open_sites if s not in context.left_open]
     problems = [f"{s.site.name} is still open" for s in open_sites if s.flat in nodes]
+    if context.open_sites:  # a product of the open form, whose node another pass has put away
+        products = gm.graph.find_nodes(op="call_function", target=torch.ops.mhc.matmul.default)
+        names = {n.meta.get(SITE_TAG) for n in products} - left - {None}
+        problems += [f"a part of {name} is still open" for name in sorted(names)]
     return problems + [f"{e.node.name} is still open" for e in context.open_ends if e.node in nodes]
 
 

@@ -113,5 +113,23 @@ def test_declarations_that_are_left_are_noticed(monkeypatch: pytest.MonkeyPatch)
         rewritten()
 
 
+def test_a_part_that_another_pass_put_away_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cast that changes nothing, for example: it is what the site's h or X' is known by."""
+    fuse_open = fusing.fuse_open
+
+    def behind_another(graph: fx.Graph, context: Any, report: Any) -> None:
+        for node in [part for o in context.open_sites for part in (o.h, o.end)]:
+            if node.target == "to":
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+        fuse_open(graph, context, report)
+
+    monkeypatch.setattr(fusing, "fuse_open", behind_another)
+    with pytest.raises(
+        RuntimeError, match=r"a part of \S+ is still open"
+    ):
+        rewritten()
+
+
 def test_every_pass_is_here() -> None:
     assert {step.name for step in EVERY} == {*WRONG, "collect"}
