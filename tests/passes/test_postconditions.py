@@ -125,9 +125,7 @@ def test_a_part_that_another_pass_put_away_is_noticed(monkeypatch: pytest.Monkey
         fuse_open(graph, context, report)
 
     monkeypatch.setattr(fusing, "fuse_open", behind_another)
-    with pytest.raises(
-        RuntimeError, match=r"a part of \S+ is still open"
-    ):
+    with pytest.raises(RuntimeError, match=r"a part of \S+ is still open"):
         rewritten()
 
 
