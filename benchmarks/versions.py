@@ -77,11 +77,11 @@ the whole suite; "core" is every test of `pytest -m core` (all but the zoo, the 
 kernels and what no version changes) with a twelfth of its cases, at least one, drawn anew for each
 row. Bold are the versions of constraints.txt, with which `make test` runs.
 Each row ran in a random order, that of `pytest --order-seed`. A pair of versions that is in no row
-has not been run with these sources.
+has not been run with sources as new as these.
 
 | torch | Python | transformers | triton | numpy | tests | passed | failed | skipped | minutes \
-| order | machine | date |
-|---|---|---|---|---|---|---:|---:|---:|---:|---:|---|---|
+| order | machine | date | commit |
+|---|---|---|---|---|---|---:|---:|---:|---:|---:|---|---|---|
 """
 
 
@@ -118,6 +118,7 @@ class Row:
 
     Attributes:
         sources: which state of the sources was tested (`fingerprint`).
+        commit: the last commit in it.
         order: the tests ran in the order of `pytest --order-seed`.
         failures: names of the tests that failed, or why the environment could not be had.
     """
@@ -138,6 +139,7 @@ class Row:
     seconds: float = 0.0
     order: int = 0
     failures: list[str] = field(default_factory=list)
+    commit: str = ""
 
     @property
     def versions(self) -> Versions:
@@ -152,7 +154,8 @@ class Row:
         else:
             counts = [f"not run: {self.failures[0]}", "", "", "", ""]
         machine = f"{self.processor}, {self.cores} cores" if self.processor else ""
-        cells = [*names, self.triton, self.numpy, self.tests, *counts, machine, self.date]
+        cells = [*names, self.triton, self.numpy, self.tests, *counts, machine]
+        cells += [self.date, self.commit]
         return f"| {' | '.join(cells)} |\n"
 
 
@@ -230,6 +233,11 @@ def fingerprint() -> str:
     return digest.hexdigest()[:12]
 
 
+def last_commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def sources(folder: str) -> list[Path]:
     return sorted(f for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".h"))
 
@@ -265,6 +273,7 @@ def interpreter(python: str) -> str | None:
 def measure(wanted: Versions, environment: Environment, processes: int) -> Row:
     """Install a transformers into an environment that has its torch, and run the tests."""
     row = Row(**asdict(wanted), tests=wanted.tests, sources=fingerprint(), date=str(date.today()))
+    row.commit = last_commit()
     try:
         numpy = NUMPY.get(wanted.torch, "numpy")
         environment.install(

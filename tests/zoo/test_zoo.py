@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 import mhc_compile
 from mhc_compile import Reason
@@ -270,7 +271,7 @@ REJECTED: dict[str, list[tuple[str, Reason]]] = {
     "gptj": per_layer(
         "transformer.h",
         *2 * [(".attn", Reason.POINTWISE_BRANCH)],
-        (".attn", Reason.BROADCAST),
+        *[(".attn", Reason.BROADCAST)] * hasattr(GPTJAttention, "_attn"),  # before 5.24: a mask
         (".mlp.act", Reason.POINTWISE_BRANCH),
         ("", Reason.PART_OF_SITE),
     ),

@@ -12,6 +12,7 @@ bias [2n+n*n])`, columns pre | post | res. `trace`, if given, receives X behind 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,15 +112,18 @@ def truth_gptj(
     streams = Streams(n, parameters, trace)
     body = model.transformer
     length = input_ids.shape[1]
-    position_ids = torch.arange(length)[None]
+    x = body.drop(body.wte(input_ids))
+    positions: dict[str, Any] = {"position_ids": torch.arange(length)[None]}
+    if hasattr(body, "rotary_emb"):  # as of transformers 5.24 it is computed once
+        positions = {"position_embeddings": body.rotary_emb(x, **positions)}
 
-    X = streams.expand(body.drop(body.wte(input_ids)))
+    X = streams.expand(x)
     for i, block in enumerate(body.h):
 
         def attention_and_mlp(h: Tensor, block: nn.Module = block) -> Tensor:
             h = block.ln_1(h)
             mask = causal_mask(length, h.dtype)
-            attention = block.attn(h, attention_mask=mask, position_ids=position_ids)[0]
+            attention = block.attn(h, attention_mask=mask, **positions)[0]
             return attention + block.mlp(h)
 
         X = streams.connect(X, f"transformer.h.{i}.attn", attention_and_mlp)
