@@ -351,10 +351,15 @@ def require_constant_floats(gm: fx.GraphModule) -> None:
 
 
 def _float_of_module(node: fx.Node) -> str | None:
-    """The symbol of a float that is an input as a tensor, and that a module holds."""
+    """The symbol of a float that is an input as a tensor, and that a module holds.
+
+    A buffer of one float64 has a symbol too. It is no constant: the forward may write into it.
+    """
     symbol = getattr(node.meta.get("example_value"), "item_memo", None)
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    if not isinstance(symbol, torch.SymFloat) or source is None:
+    given = node.meta.get("grapharg")
+    source = getattr(given, "source", None)
+    is_float = isinstance(symbol, torch.SymFloat) and getattr(given, "pass_arg_as_tensor", False)
+    if not is_float or source is None:
         return None
     # As a number that a guard has made of it would not tell.
     name = getattr(symbol.node._expr, "name", None)

@@ -381,6 +381,30 @@ def test_require_constant_floats(own):
     assert product.args[1] == 0.3
 
 
+def test_a_buffer_of_one_float64_is_no_constant(own):
+    """Dynamo would drop what is written into it."""
+    recorder = Recorder()
+
+    def backend(gm, example_inputs):
+        own.require_constant_floats(gm)
+        return recorder(gm, example_inputs)
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return x * 2
+
+    model = Counting()
+    call = torch.compile(model, backend=backend)
+    for _ in range(2):
+        call(torch.ones(5))
+    assert model.calls == 2
+
+
 def test_unwrapped(own):
     module = Doubler()
     module.weight = nn.Parameter(torch.ones(1))
