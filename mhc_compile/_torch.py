@@ -358,8 +358,8 @@ def _float_of_module(node: fx.Node) -> str | None:
     symbol = getattr(node.meta.get("example_value"), "item_memo", None)
     given = node.meta.get("grapharg")
     source = getattr(given, "source", None)
-    is_float = isinstance(symbol, torch.SymFloat) and getattr(given, "pass_arg_as_tensor", False)
-    if not is_float or source is None:
+    is_number = getattr(given, "pass_arg_as_tensor", False)
+    if not isinstance(symbol, torch.SymFloat) or not is_number or source is None:
         return None
     # As a number that a guard has made of it would not tell.
     name = getattr(symbol.node._expr, "name", None)
