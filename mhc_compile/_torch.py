@@ -165,7 +165,7 @@ def forget_graphs() -> None:
 
     Before torch 2.13 it has no cache of its own, and all graphs of the process are forgotten.
     """
-    if not own_cache():
+    if "isolate_recompiles" not in own_cache():
         torch._dynamo.reset()
 
 
