@@ -56,7 +56,7 @@ def test_cpu_is_left_alone():
     assert found is eager and found is not cpu
 
 
-def test_every_implementation_has_the_functions_of_eager():
+def test_every_implementation_has_the_functions_of_kernels():
     """Operators call whichever was chosen."""
     names = {name for name, f in vars(backends.Kernels).items() if inspect.isfunction(f)}
     names = {name for name in names if not name.startswith("_")}

@@ -26,37 +26,39 @@ def case_list(n: int, C: int, dtype: str, gpu: str) -> list[Case]:
     return list(table.cases_of(get_variant("mhc"), n, C, dtype, gpu))
 
 
-# What Triton 3.8.0 makes of a kernel that 3.6 and 3.7 fit into the registers of a thread.
-KNOWN = {"seam.backward": ["16 bytes of stack", "8 spills"]} if triton.__version__ >= "3.8" else {}
-
-
-def compile_again(n: int, C: int, dtype: str, gpu: str, names: set[str] | None = None) -> int:
-    """Number of kernels compiled, none with a fault."""
+def compile_again(
+    n: int,
+    C: int,
+    dtype: str,
+    gpu: str,
+    names: set[str] | None = None,
+    known: dict[str, list[str]] | None = None,
+) -> int:
+    """Number of kernels compiled, none with a fault but those that are known."""
     chosen = [c for c in case_list(n, C, dtype, gpu) if names is None or c.recorded.name in names]
     wrong = {}
     for case in chosen:
-        found = table.faults(case, compiled(case.recorded.launch, GPUS[gpu]))
-        if found and not is_known(case, found):
+        if found := table.faults(case, compiled(case.recorded.launch, GPUS[gpu])):
             wrong[case.recorded.name] = found
-    assert wrong == {}
+    assert wrong == (known or {})
     return len(chosen)
-
-
-def is_known(case: Case, found: list[str]) -> bool:
-    """No more than what is known, stack and spills in this order."""
-    known = KNOWN.get(case.recorded.name, [])
-    sizes = [int(text.split()[0]) for text in found]
-    fits = [a <= int(b.split()[0]) for a, b in zip(sizes, known, strict=False)]
-    return len(found) <= len(known) and all(fits)
 
 
 def test_every_kernel_of_four_streams():
     assert compile_again(4, 4096, "bf16", "sm_90") >= 18
 
 
+# What Triton 3.8.0 does not fit into the registers of a thread; 3.6, 3.7 and 3.9 do.
+SPILLED_BY_3_8 = {
+    "sm_80": {"seam.backward": ["16 bytes of stack", "8 spills"]},
+    "sm_90": {"seam.backward": ["8 bytes of stack", "2 spills"]},
+}
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 def test_hardest_kernels_of_float32(gpu):
-    assert compile_again(4, 2560, "fp32", gpu, HARDEST) == 3
+    known = SPILLED_BY_3_8.get(gpu) if triton.__version__.startswith("3.8.") else None
+    assert compile_again(4, 2560, "fp32", gpu, HARDEST, known) == 3
 
 
 def test_hardest_kernels_of_eight_streams():
